@@ -1,0 +1,395 @@
+"""The two networks of DiER (Fig. 2) and the sizes they come in (Table 4).
+
+    v_t = Encoder(x_0, t)                 half a U-Net that sees the clean image and the time
+    eps = DiT(x_t, t, v_t)                a transformer on pixel patches that sees the noisy image
+
+v_t reaches the DiT only through adaLN, added to the embedding of t: one vector of 1024 numbers has
+to tell the transformer what the noise has hidden, and that is what makes it a semantic embedding.
+
+At initialisation every residual branch and the output are zero, as in DiT: eps = 0, so the first
+loss is E[eps^2] = 1; v does not depend on t; and no gradient reaches the encoder in the first two
+steps, because the DiT has yet to open the layers between its output and v.
+
+Shapes: B batch, C channels, H W pixels, N tokens, D width, V = 1024 length of v.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+V = 1024  # length of v (Sec. A.2)
+MAX_PERIOD = 10_000  # of the sinusoids, as in the Transformer
+SHORT = 64  # tokens up to which attention written out beats the fused kernel on a CPU
+
+
+# ---------------------------------------------------------------------------- sizes and presets
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of both networks: the columns of Table 4. Raises ValueError where they do not fit."""
+
+    size: int  # images are size x size
+    channels: int
+    patch: int
+    hidden: int
+    depth: int
+    heads: int
+    base: int
+    blocks: int
+    mult: tuple[int, ...]
+    attention: tuple[int, ...] = (16, 8)  # resolutions with self-attention in the encoder
+    enc_heads: int = 4
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.size % self.patch:
+            good = max(p for p in range(1, self.patch) if self.size % p == 0)
+            raise ValueError(
+                f"image size {self.size} is not a multiple of patch {self.patch}; "
+                f"use --model patch={good}"
+            )
+        halvings = len(self.mult) - 1
+        if self.size % 2**halvings:
+            raise ValueError(
+                f"image size {self.size} cannot be halved {halvings} times; use --size "
+                f"{max(1, self.size // 2**halvings) * 2**halvings} or a shorter --model mult"
+            )
+        if self.hidden % (4 * self.heads):
+            raise ValueError(
+                f"hidden {self.hidden} is not a multiple of 4 x {self.heads} heads; use --model "
+                f"hidden={max(1, self.hidden // (4 * self.heads)) * 4 * self.heads}"
+            )
+        for width in (self.base * m for m in self.mult):
+            step = math.lcm(4, self.enc_heads) if width <= 128 else math.lcm(32, self.enc_heads)
+            if width % step:
+                raise ValueError(
+                    f"encoder width {width} (base {self.base} x mult) is not a multiple of {step}, "
+                    f"which groups and heads need; change --model base, mult or enc_heads"
+                )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model size and the training that goes with it; every field is the default of a flag."""
+
+    model: ModelConfig
+    batch_size: int
+    lr: float
+    epochs: int | None
+    minutes: float | None
+    ema: float = 0.9999
+    clip: float = 1.0
+
+
+def _paper(size: int, patch: int, hidden: int, depth: int, base: int, mult: tuple) -> ModelConfig:
+    heads = hidden // 64  # 3, 6, 12: DiT-T, -S, -B
+    return ModelConfig(size, 3, patch, hidden, depth, heads, base, blocks=2, mult=mult)
+
+
+def _cpu(size: int, patch: int) -> ModelConfig:
+    model = ModelConfig(size, 3, patch, 128, 4, 4, base=32, blocks=1, mult=(1, 2, 4, 8))
+    return replace(model, attention=(8, 4), dropout=0.0)
+
+
+# name -> row of Table 4 (32: mnist, cifar10, cifar100; 64: tiny-imagenet; 256: bccd, oct2017)
+PRESETS: dict[str, dict[int, Preset]] = {
+    "paper": {
+        32: Preset(_paper(32, 2, 192, 12, 128, (1, 2, 3, 4)), 128, 1e-4, 200, None),
+        64: Preset(_paper(64, 4, 384, 12, 128, (1, 2, 3, 4)), 128, 1e-4, 200, None),
+        256: Preset(_paper(256, 8, 768, 16, 256, (1, 1, 2, 2, 3, 4)), 16, 1e-5, 200, None),
+    },
+    "cpu": {
+        32: Preset(_cpu(32, 4), 64, 1e-3, None, 30.0),
+        64: Preset(_cpu(64, 8), 64, 1e-3, None, 30.0),
+        256: Preset(_cpu(64, 8), 64, 1e-3, None, 30.0),
+    },
+}
+
+
+# ---------------------------------------------------------------------------- shared pieces
+
+
+def sinusoid(t: Tensor, width: int) -> Tensor:
+    """Embed times as cosines and sines of `width / 2` frequencies: t (B,) -> (B, width), fp32."""
+    half = width // 2
+    freqs = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, device=t.device) / half)
+    angles = t.float()[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def positions_2d(side: int, width: int) -> Tensor:
+    """Fixed 2-D sin-cos positions -> (side * side, width): the first half of the channels is the
+    row's sinusoid, the second the column's; tokens in row-major order."""
+    axis = sinusoid(torch.arange(side), width // 2)
+    rows = axis[:, None].expand(side, side, -1)
+    cols = axis[None].expand(side, side, -1)
+    return torch.cat([rows, cols], dim=2).reshape(side * side, width)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for each head: (B, heads, N, d) -> (B, heads, N, d).
+
+    The softmax is fp32 on both paths. Short sequences are two batched products, which on a CPU is
+    up to twice as fast as the fused kernel; long ones use it, as it never stores the N x N scores.
+    """
+    if q.shape[2] > SHORT:
+        return F.scaled_dot_product_attention(q, k, v)
+    scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
+    return scores.softmax(3, dtype=torch.float32).to(v.dtype) @ v
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation with min(32, C / 4) groups and fp32 statistics.
+
+    A group of one channel would subtract that channel's mean, hence four channels or more each.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(min(32, channels // 4), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation without scale and shift, which adaLN gives; fp32 statistics."""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-6, elementwise_affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+# ---------------------------------------------------------------------------- encoder
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with time in between; `down` halves the resolution by average pooling.
+
+    (B, C_in, H, W), time (B, E) -> (B, C_out, H, W), H and W halved with `down`.
+    """
+
+    def __init__(self, c_in: int, c_out: int, time_width: int, dropout: float, down: bool = False):
+        super().__init__()
+        self.down = down
+        self.norm1 = GroupNorm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(time_width, 2 * c_out)
+        self.norm2 = GroupNorm(c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = F.silu(self.norm1(x))  # (B, C_in, H, W)
+        if self.down:
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)  # (B, C_in, H/2, W/2)
+        h = self.norm2(self.conv1(h))  # (B, C_out, H, W)
+        scale, shift = self.time(F.silu(time))[:, :, None, None].chunk(2, dim=1)  # (B, C_out, 1, 1)
+        h = F.silu(h * (1 + scale) + shift)
+        h = self.conv2(self.dropout(h))  # (B, C_out, H, W)
+        return self.skip(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the H * W pixels, residual: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = GroupNorm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        qkv = self.qkv(self.norm(x))  # (B, 3C, H, W)
+        qkv = qkv.reshape(b, 3, self.heads, c // self.heads, h * w)  # (B, 3, heads, d, N)
+        q, k, v = qkv.transpose(3, 4).unbind(1)  # each (B, heads, N, d)
+        out = attention(q, k, v).transpose(2, 3).reshape(b, c, h, w)  # (B, C, H, W)
+        return x + self.proj(out)
+
+
+class Encoder(nn.Module):
+    """v_t = Encoder(x_0, t), the time-dependent encoder of Fig. 3: (B, C, H, W), (B,) -> (B, V).
+
+    The rank of a set of v cannot exceed the last width, base * mult[-1].
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.base, time_width = cfg.base, 4 * cfg.base
+        self.time_mlp = nn.Sequential(
+            nn.Linear(cfg.base, time_width), nn.SiLU(), nn.Linear(time_width, time_width)
+        )
+        self.stem = nn.Conv2d(cfg.channels, cfg.base * cfg.mult[0], 3, padding=1)
+        self.layers = nn.ModuleList()
+        width, side = cfg.base * cfg.mult[0], cfg.size
+        for level, m in enumerate(cfg.mult):
+            for _ in range(cfg.blocks):
+                self.layers.append(ResBlock(width, cfg.base * m, time_width, cfg.dropout))
+                width = cfg.base * m
+                if side in cfg.attention:
+                    self.layers.append(AttentionBlock(width, cfg.enc_heads))
+            if level < len(cfg.mult) - 1:
+                self.layers.append(ResBlock(width, width, time_width, cfg.dropout, down=True))
+                side //= 2
+        self.layers.append(ResBlock(width, width, time_width, cfg.dropout))
+        self.layers.append(AttentionBlock(width, cfg.enc_heads))
+        self.layers.append(ResBlock(width, width, time_width, cfg.dropout))
+        self.norm = GroupNorm(width)
+        self.head = nn.Linear(width, V)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """PyTorch's defaults, but the last layer of each residual branch is zero."""
+        for last in self.zero_initialised():
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def zero_initialised(self) -> list[nn.Conv2d]:
+        """The convolutions that end the residual branches, zero at initialisation."""
+        return [m.conv2 if isinstance(m, ResBlock) else m.proj for m in self.layers]
+
+    def forward(self, x0: Tensor, t: Tensor) -> Tensor:
+        time = self.time_mlp(sinusoid(t, self.base))  # (B, E)
+        h = self.stem(x0)  # (B, base, H, W)
+        for layer in self.layers:
+            h = layer(h, time) if isinstance(layer, ResBlock) else layer(h)  # (B, C_l, H_l, W_l)
+        h = F.silu(self.norm(h)).mean((2, 3))  # (B, C_last)
+        return self.head(h)  # (B, V)
+
+
+# ---------------------------------------------------------------------------- DiT
+
+
+def patchify(x: Tensor, p: int) -> Tensor:
+    """Cut images into p x p patches: (B, C, H, W) -> (B, N, p * p * C), N = H/p * W/p, row-major;
+    inside a patch the order is row, column, channel."""
+    b, c, h, w = x.shape
+    x = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1)
+    return x.reshape(b, (h // p) * (w // p), p * p * c)
+
+
+def unpatchify(x: Tensor, p: int, channels: int) -> Tensor:
+    """The inverse of `patchify` for square images: (B, N, p * p * C) -> (B, C, H, W)."""
+    b, n, _ = x.shape
+    side = math.isqrt(n)
+    x = x.reshape(b, side, side, p, p, channels).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(b, channels, side * p, side * p)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift, the same for all tokens: (B, N, D), (B, D), (B, D) -> (B, N, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero: (B, N, D), condition (B, D) -> (B, N, D).
+
+    The condition sets shift, scale and gate of both branches; gates start at zero, so the block
+    starts as the identity.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+        self.ada = nn.Linear(width, 6 * width)
+
+    def self_attention(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        b, n, d = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, self.heads, d // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
+        return self.proj(attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D), four times as wide inside."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(F.silu(c)).chunk(6, dim=1)  # (B, D)
+        x = x + gate1[:, None] * self.self_attention(modulate(self.norm1(x), shift1, scale1))
+        x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return x  # (B, N, D)
+
+
+class DiT(nn.Module):
+    """eps = DiT(x_t, t, v), a Diffusion Transformer in pixel space, without learned variance.
+
+    x_t (B, C, H, W), t (B,) int, v (B, V) -> eps (B, C, H, W).
+    """
+
+    TIME_WIDTH = 256  # of the sinusoid
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.patch, self.channels = cfg.patch, cfg.channels
+        pixels = cfg.patch**2 * cfg.channels
+        self.embed = nn.Linear(pixels, cfg.hidden)
+        positions = positions_2d(cfg.size // cfg.patch, cfg.hidden)
+        self.register_buffer("positions", positions, persistent=False)  # (N, D), never learned
+        self.time_mlp = nn.Sequential(
+            nn.Linear(self.TIME_WIDTH, cfg.hidden), nn.SiLU(), nn.Linear(cfg.hidden, cfg.hidden)
+        )
+        self.v_proj = nn.Linear(V, cfg.hidden)
+        self.blocks = nn.ModuleList(DiTBlock(cfg.hidden, cfg.heads) for _ in range(cfg.depth))
+        self.norm = LayerNorm(cfg.hidden)
+        self.ada = nn.Linear(cfg.hidden, 2 * cfg.hidden)
+        self.out = nn.Linear(cfg.hidden, pixels)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """All of DiT's initialisation in one place."""
+        # Linear layers: Xavier-uniform, no bias.
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        # Time MLP: small normal.
+        nn.init.normal_(self.time_mlp[0].weight, std=0.02)
+        nn.init.normal_(self.time_mlp[2].weight, std=0.02)
+        # adaLN-Zero: every block starts as the identity, the output as zero.
+        for layer in [*(block.ada for block in self.blocks), self.ada, self.out]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        x = self.embed(patchify(x_t, self.patch)) + self.positions  # (B, N, D)
+        c = self.time_mlp(sinusoid(t, self.TIME_WIDTH)) + self.v_proj(v)  # (B, D)
+        for block in self.blocks:
+            x = block(x, c)  # (B, N, D)
+        shift, scale = self.ada(F.silu(c)).chunk(2, dim=1)  # (B, D)
+        x = self.out(modulate(self.norm(x), shift, scale))  # (B, N, p * p * C)
+        return unpatchify(x, self.patch, self.channels)  # (B, C, H, W)
+
+
+class DiER(nn.Module):
+    """Both networks: eps_theta(x_t, t, Encoder(x_0, t)) of Eq. 4.6.
+
+    x_t, x0 (B, C, H, W) and t (B,) int -> eps (B, C, H, W).
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.encoder = Encoder(cfg)
+        self.dit = DiT(cfg)
+
+    def forward(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        return self.dit(x_t, t, self.encoder(x0, t))
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of trainable numbers in a module."""
+    return sum(p.numel() for p in module.parameters())
