@@ -1,0 +1,636 @@
+"""Train DiER: predict the noise in x_t, helped by a vector of the clean image. No labels.
+
+    python train.py                               the embedded digits, 3.5 minutes on a CPU
+    python train.py --data mnist                  30 minutes on a CPU, the paper's recipe on a GPU
+    python train.py --data cifar10 --preset paper --epochs 200
+    python train.py --run mnist --resume          go on after Ctrl-C or a crash, bit for bit
+    python train.py --data mnist --dry-run        show every resolved value, train nothing
+
+One step (Eq. 4.6): draw t and eps, make x_t, predict eps from x_t, t and v_t = Encoder(x_0, t), take
+the squared error, clip, Adam, EMA. The loop is `train`, and the step is `training_step`.
+
+What a run leaves in runs/NAME/, and what others may read:
+- config.json: every resolved flag;
+- checkpoint.pt: weights, EMA, optimizer, step and window sums; tensors and plain values only;
+- log.jsonl: step, epoch, images, seconds, loss, loss_by_t (10 numbers, the mean loss for each tenth
+  of t, null where none was drawn), lr, images_per_s, grad_norm, skipped (steps that fp16 skipped).
+With --json the last line printed is one JSON object: parameters {dit, encoder} and every resolved
+flag, plus steps, images, seconds and loss after training. With --dry-run that needs no data set.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from data import INFOS, Batches, DataError, describe, load, mix_seed
+from diffusion import T, alphas_cumprod, eps_loss, q_sample
+from model import PRESETS, DiER, ModelConfig, count_parameters
+
+RUNS = Path("runs")
+SAVE_SECONDS = 60.0  # a crash costs at most this much training
+GLYPHS_MINUTES = 3.5  # the embedded set is the five-minute tour
+# A resumed run keeps these from its checkpoint; the others may change.
+FIXED = "data preset seed batch_size lr ema clip flip size limit model".split()
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line and leave with status 2: the way every command reports bad input."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------------- settings
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" -> cuda if there is one, else cpu; a name that does not work here ends the program."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} does not work here ({str(error).splitlines()[0]}); use --device cpu")
+    return device
+
+
+def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, None for fp32 throughout.
+
+    "auto" is bf16 where the hardware multiplies it natively (emulated bf16 is up to a hundred times
+    slower than fp32 on a CPU), else fp16 on CUDA and fp32 on a CPU.
+    """
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    native = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16")
+    return torch.bfloat16 if native else None
+
+
+def parse_model(text: str) -> dict[str, Any]:
+    """"hidden=128,mult=1,2,4" -> {"hidden": 128, "mult": (1, 2, 4)}: a part without = belongs to
+    the key before it."""
+    values: dict[str, list[int]] = {}
+    key = None
+    for part in filter(None, text.split(",")):
+        name, equals, number = part.rpartition("=")
+        key = name if equals else key
+        known = ModelConfig.__dataclass_fields__.keys() - {"size", "channels", "dropout"}
+        if key not in known:
+            fail(f"--model {text}: {key or part!r} is not one of {', '.join(sorted(known))}")
+        if not number.isdecimal() or int(number) == 0:
+            fail(f"--model {text}: {number!r} is not a whole number above 0")
+        values.setdefault(key, []).append(int(number))
+    lists = {"mult", "attention"}
+    for key, numbers in values.items():
+        if key not in lists and len(numbers) > 1:
+            fail(f"--model {text}: {key} takes one number")
+    return {k: tuple(n) if k in lists else n[0] for k, n in values.items()}
+
+
+def resolve(args: argparse.Namespace) -> dict[str, Any]:
+    """Every setting of a run as plain values: what the user gave, else the preset's value."""
+    info = describe(args.data)
+    device = pick_device(args.device)
+    name = args.preset
+    if name == "auto":
+        name = "paper" if device.type == "cuda" else "cpu"
+    preset = PRESETS[name][info.side]
+    given = {"size": args.size, "dropout": args.dropout, **parse_model(args.model)}
+    given = {k: v for k, v in given.items() if v is not None}
+    try:
+        model = replace(preset.model, channels=info.channels, **given)
+    except ValueError as error:
+        fail(str(error))
+    epochs, minutes = args.epochs, args.minutes
+    if epochs is None and minutes is None:
+        epochs, minutes = preset.epochs, preset.minutes
+        if info.name == "glyphs" and minutes:
+            minutes = GLYPHS_MINUTES
+    amp = pick_amp(args.amp, device)
+    return {
+        "method": "dier",
+        "data": args.data,
+        "data_dir": str(args.data_dir),
+        "channels": info.channels,
+        "classes": info.classes,
+        "size": model.size,
+        "preset": name,
+        "row": info.side,
+        "model": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(model).items()},
+        "batch_size": args.batch_size or preset.batch_size,
+        "lr": preset.lr if args.lr is None else args.lr,
+        "epochs": epochs,
+        "minutes": minutes,
+        "ema": preset.ema if args.ema is None else args.ema,
+        "clip": preset.clip if args.clip is None else args.clip,
+        "flip": info.flip if args.flip is None else args.flip,
+        "limit": args.limit,
+        "seed": args.seed,
+        "device": str(device),
+        "amp": "off" if amp is None else "bf16" if amp == torch.bfloat16 else "fp16",
+        "compile": args.compile,
+    }
+
+
+def resolve_resume(args: argparse.Namespace, saved: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a resumed run: the checkpoint's, with what may change taken from args."""
+    if args.data is None:
+        args.data = saved["data"]
+    if args.seed is None:
+        args.seed = saved["seed"]
+    given = {k: getattr(args, k) for k in FIXED if k != "model"}
+    if args.model:
+        given["model"] = {**saved["model"], **resolve(args)["model"]}
+    given["dropout"] = args.dropout
+    for key, value in given.items():
+        old = saved["model"]["dropout"] if key == "dropout" else saved[key]
+        if value not in (None, "auto", old) and not (key == "limit" and value == 0):
+            fail(
+                f"--{key.replace('_', '-')} {value} differs from the checkpoint's {old}; leave it "
+                f"out to go on, or start a new run without --resume"
+            )
+    device = pick_device(args.device)
+    amp = pick_amp(args.amp, device)
+    now = {"device": str(device), "data_dir": str(args.data_dir), "compile": args.compile}
+    now["amp"] = "off" if amp is None else "bf16" if amp == torch.bfloat16 else "fp16"
+    if args.epochs is not None or args.minutes is not None:
+        now |= {"epochs": args.epochs, "minutes": args.minutes}
+    return {**saved, **now}
+
+
+def model_config(settings: dict[str, Any]) -> ModelConfig:
+    """The ModelConfig that config.json and checkpoints hold as plain values."""
+    return ModelConfig(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in settings["model"].items()}
+    )
+
+
+def parameter_counts(settings: dict[str, Any]) -> dict[str, int]:
+    """Trainable parameters {dit, encoder}, counted on the meta device: nothing is allocated."""
+    with torch.device("meta"):
+        model = DiER(model_config(settings))
+    return {"dit": count_parameters(model.dit), "encoder": count_parameters(model.encoder)}
+
+
+# ---------------------------------------------------------------------------- runs on disk
+
+
+def run_path(name: str) -> Path:
+    """A run's folder from --run: a path where it has a separator or exists, else runs/NAME."""
+    path = Path(name)
+    return path if path.name != name or (path / "checkpoint.pt").exists() else RUNS / name
+
+
+def new_run(data: str) -> Path:
+    """The first free one of runs/mnist, runs/mnist-2, ..."""
+    stem = Path(data).name or "run"
+    names = (stem if n == 1 else f"{stem}-{n}" for n in range(1, 10_000))
+    return next(RUNS / name for name in names if not (RUNS / name).exists())
+
+
+def find_run(name: str | None, method: str = "dier") -> Path:
+    """The run that --run names, or the newest of `method`; exits with one line where there is none."""
+    if name is not None:
+        path = run_path(name)
+        if not (path / "checkpoint.pt").exists():
+            fail(f"no checkpoint in {path}: start with python train.py --run {name}")
+        return path
+    found = []
+    for checkpoint in RUNS.glob("*/checkpoint.pt"):
+        config = checkpoint.with_name("config.json")
+        if config.exists() and json.loads(config.read_text()).get("method") == method:
+            found.append(checkpoint)
+    if not found:
+        fail(f"no run in {RUNS}/: start with python train.py")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def read_checkpoint(run: Path) -> dict[str, Any]:
+    """The checkpoint of a run, on the CPU; exits with one line where it cannot be read."""
+    path = run / "checkpoint.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types on a damaged file
+        reason = str(error).splitlines()[0][:120]
+        fail(f"{path} cannot be read ({reason}): delete the folder {run} and train again")
+
+
+def write_atomic(path: Path, write) -> None:
+    """write(temporary path), then rename: a reader sees the old file or the new, never a half."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop rows after `step` and a torn last line, so that a resumed log has no row twice."""
+    if not path.exists():
+        return
+    keep = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                keep.append(line + "\n")
+        except ValueError:
+            break
+    write_atomic(path, lambda temporary: temporary.write_text("".join(keep)))
+
+
+# ---------------------------------------------------------------------------- the step
+
+
+class Window:
+    """What the log needs, summed on the device between two log steps: reading it is the only time
+    that the host waits for the device."""
+
+    FIELDS = "loss count grad_norm steps skipped bad_step".split()
+
+    def __init__(self, device: torch.device):
+        self.loss = torch.zeros(10, device=device)  # summed loss by tenth of t
+        self.count = torch.zeros(10, device=device)  # images by tenth of t
+        self.grad_norm = torch.zeros((), device=device)  # summed over steps that were not skipped
+        self.steps = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)  # by the fp16 scaler; never reset
+        self.bad_step = torch.full((), -1.0, device=device)  # first step with a non-finite loss
+
+    def add(self, step: int, loss: Tensor, t: Tensor, grad_norm: Tensor) -> None:
+        """Add one step: loss (B,), t (B,), grad_norm a scalar."""
+        tenth = t * 10 // T
+        self.loss.index_add_(0, tenth, loss)
+        self.count.index_add_(0, tenth, torch.ones_like(loss))
+        finite = grad_norm.isfinite()
+        self.grad_norm += torch.where(finite, grad_norm, 0.0)
+        self.steps += finite
+        self.skipped += ~finite
+        bad = ~loss.isfinite().all() & (self.bad_step < 0)
+        self.bad_step = torch.where(bad, float(step), self.bad_step)
+
+    def read(self) -> dict[str, Any]:
+        """loss, loss_by_t, grad_norm, skipped as plain numbers, None where nothing was summed."""
+        count, loss = self.count.tolist(), self.loss.tolist()
+        mean = sum(loss) / max(1, sum(count))
+        return {
+            "loss": mean,
+            "loss_by_t": [s / n if n else None for s, n in zip(loss, count)],
+            "grad_norm": self.grad_norm.item() / max(1.0, self.steps.item()),
+            "skipped": int(self.skipped.item()),
+        }
+
+    def reset(self) -> None:
+        """Start the next window."""
+        for total in (self.loss, self.count, self.grad_norm, self.steps):
+            total.zero_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums, for the checkpoint."""
+        return {name: getattr(self, name).clone() for name in self.FIELDS}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the sums back from a checkpoint."""
+        for name in self.FIELDS:
+            setattr(self, name, state[name].to(self.loss.device))
+
+
+def draw(seed: int, step: int, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """t (B,), flips (B,) and eps `shape` of one step, a pure function of (seed, step): a resumed run
+    sees what it would have seen. Dropout uses the default generators, which are reseeded too."""
+    generator = torch.Generator(device).manual_seed(mix_seed(seed, step))
+    t = torch.randint(T, shape[:1], generator=generator, device=device)
+    flips = torch.rand(shape[:1], generator=generator, device=device) < 0.5
+    eps = torch.randn(shape, generator=generator, device=device)
+    torch.manual_seed(mix_seed(seed, step, 0))
+    return t, flips, eps
+
+
+def ema_decay(decay: float, step: int) -> float:
+    """min(decay, (1 + n) / (10 + n)): the average looks back over a tenth of a young run."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def update_ema(ema: list[Tensor], params: list[Tensor], decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * params, all tensors in one call."""
+    torch._foreach_lerp_(ema, params, 1.0 - decay)
+
+
+class TrainState:
+    """All that changes while training, and so all that a checkpoint holds."""
+
+    def __init__(self, settings: dict[str, Any], device: torch.device):
+        torch.manual_seed(settings["seed"])
+        self.settings, self.device, self.step = settings, device, 0
+        self.model = DiER(model_config(settings)).to(device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.params = list(self.model.parameters())
+        self.ema_params = list(self.ema.parameters())
+        self.optimizer = torch.optim.Adam(self.params, lr=settings["lr"], fused=True)
+        self.amp = pick_amp(settings["amp"], device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
+        self.abar = alphas_cumprod().float().to(device)
+        self.window = Window(device)
+
+    PARTS = "model ema optimizer scaler window".split()
+
+    def save(self, run: Path) -> None:
+        """Write checkpoint.pt, whole or not at all."""
+        state = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        state |= {"step": self.step, "settings": self.settings}
+        write_atomic(run / "checkpoint.pt", lambda temporary: torch.save(state, temporary))
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take everything back from a checkpoint."""
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.step = state["step"]
+
+
+def training_step(state: TrainState, x0: Tensor, t: Tensor, eps: Tensor) -> None:
+    """One update of Eq. 4.6: x0, eps (B, C, H, W), t (B,). Never waits for the device."""
+    s = state
+    x_t = q_sample(x0, t, eps, s.abar)
+    with torch.autocast(s.device.type, dtype=s.amp or torch.bfloat16, enabled=s.amp is not None):
+        eps_hat = s.model(x_t, t, x0)
+    loss = eps_loss(eps_hat, eps)
+    s.optimizer.zero_grad(set_to_none=True)
+    s.scaler.scale(loss.mean()).backward()
+    s.scaler.unscale_(s.optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(s.params, s.settings["clip"] or math.inf)
+    s.scaler.step(s.optimizer)
+    s.scaler.update()
+    s.step += 1
+    update_ema(s.ema_params, s.params, ema_decay(s.settings["ema"], s.step))
+    s.window.add(s.step, loss.detach(), t, grad_norm.detach())
+
+
+# ---------------------------------------------------------------------------- the loop
+
+
+def is_log_step(step: int) -> bool:
+    """Every step at first, where the loss falls fastest, then every 50th."""
+    return step <= 20 or step % 50 == 0
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def check_finite(state: TrainState, run: Path) -> None:
+    """End the run where a loss was not finite; the last good checkpoint stays."""
+    bad = int(state.window.bad_step.item())
+    if bad < 0:
+        return
+    tenths = [i for i, s in enumerate(state.window.loss.tolist()) if not math.isfinite(s)]
+    where = ", ".join(f"{100 * i}-{100 * i + 99}" for i in tenths)
+    kept = f"{run}/checkpoint.pt is the last good one" if (run / "checkpoint.pt").exists() else ""
+    fail(
+        f"the loss is not finite since step {bad} (t in {where}; lr {state.settings['lr']:g}, amp "
+        f"{state.settings['amp']}): try a smaller --lr, or --amp off. {kept}"
+    )
+
+
+class Progress:
+    """The progress line: rewritten in place on a terminal, a new line every 10 s in a file."""
+
+    def __init__(self) -> None:
+        self.last = -math.inf
+
+    def show(self, text: str, final: bool = False) -> None:
+        """Print `text`; final ends the line."""
+        if sys.stdout.isatty():
+            print(f"\r\033[K{text}", end="\n" if final else "", flush=True)
+        elif final or time.monotonic() - self.last > 10:
+            print(text, flush=True)
+            self.last = time.monotonic()
+
+
+def train(state: TrainState, batches: Batches, run: Path) -> float:
+    """Train until the epochs or minutes of the settings are over; returns the seconds it took.
+
+    Ctrl-C finishes the step, saves and exits with status 130.
+    """
+    settings, batch = state.settings, state.settings["batch_size"]
+    shape = (batch, settings["channels"], settings["size"], settings["size"])
+    last = math.ceil(settings["epochs"] * len(batches) / batch) if settings["epochs"] else math.inf
+    limit = 60 * settings["minutes"] if settings["minutes"] else math.inf
+    stop: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda *_: stop.append(1))
+    start = saved = shown = time.monotonic()
+    first, seen, text = state.step, state.step, ""
+    progress, log = Progress(), (run / "log.jsonl").open("a")
+    state.model.train()
+    now = start
+    while state.step < last and now - start < limit and not stop:
+        t, flips, eps = draw(settings["seed"], state.step, shape, state.device)
+        training_step(state, batches(state.step, flips), t, eps)
+        now, step = time.monotonic(), state.step
+        if is_log_step(step):
+            check_finite(state, run)
+            row = {"step": step, "epoch": step * batch / len(batches), "images": step * batch}
+            rate = (step - seen) * batch / max(now - shown, 1e-9)
+            row |= {"seconds": now - start, **state.window.read()}
+            row |= {"lr": settings["lr"], "images_per_s": rate}
+            state.window.reset()
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            left = min(limit - (now - start), (last - step) * (now - start) / (step - first))
+            text = f"step {step}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  "
+            text += f"{rate:.0f} images/s  {clock(left)} left"
+            progress.show(text)
+            seen, shown = step, now
+        if now - saved > SAVE_SECONDS:
+            check_finite(state, run)
+            state.save(run)
+            saved = now
+    log.close()
+    check_finite(state, run)
+    state.save(run)
+    signal.signal(signal.SIGINT, previous)
+    progress.show(text, final=True)
+    if stop:
+        print(f"stopped at step {state.step}: python train.py --run {run} --resume goes on")
+        raise SystemExit(130)
+    return now - start
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def _number(kind: type, low: float, high: float, what: str):
+    """An argparse type: a number of `kind` with low <= value <= high."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return value
+
+    return parse
+
+
+_whole = _number(int, 1, math.inf, "a whole number above 0")
+_count = _number(int, 0, math.inf, "a whole number, 0 or more")
+_positive = _number(float, 1e-12, math.inf, "a number above 0")
+_not_negative = _number(float, 0, math.inf, "a number, 0 or more")
+_fraction = _number(float, 0, 1 - 1e-9, "in [0, 1)")
+
+
+def run_main(main) -> None:
+    """Run a script's main: data errors become one line and status 2, Ctrl-C status 130."""
+    try:
+        main()
+    except DataError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("stopped; nothing was changed", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; --help lists the flags")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag, with its unit and default."""
+    p = Parser(
+        description="Train DiER. Defaults come from the preset; --dry-run shows them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="".join(__doc__.partition("\n\n")[2].partition("\n\n")[0]),
+    )
+    names = ", ".join(INFOS)
+    p.add_argument("--data", help=f"{names}, or a folder of images (default glyphs)")
+    p.add_argument("--data-dir", type=Path, default=Path("data"), help="sets live here (data)")
+    p.add_argument("--preset", choices=["auto", *PRESETS], default="auto",
+                   help="paper: Table 4; cpu: minutes on two cores; auto: paper with CUDA, else cpu")
+    p.add_argument("--epochs", type=_positive, help="passes over the training set (paper: 200)")
+    p.add_argument("--minutes", type=_positive, help="wall time from the first step, of this call "
+                   "(cpu: 30; glyphs 3.5); with --epochs, the first reached stops")
+    p.add_argument("--batch-size", type=_whole, help="images a step")
+    p.add_argument("--lr", type=_positive, help="constant learning rate of Adam")
+    p.add_argument("--ema", type=_fraction, help="decay of the weight average (0.9999)")
+    p.add_argument("--clip", type=_not_negative, help="largest gradient norm, 0 = off (1.0)")
+    p.add_argument("--dropout", type=_fraction, help="in the encoder's blocks")
+    p.add_argument("--flip", action=argparse.BooleanOptionalAction,
+                   help="random horizontal flips (default: on, but off for digits)")
+    p.add_argument("--size", type=_whole, help="pixels: images are resized to size x size")
+    p.add_argument("--model", default="", metavar="KEY=VALUE,...",
+                   help="sizes of Table 4, such as hidden=128,depth=4,mult=1,2,4")
+    p.add_argument("--seed", type=_count, help="of weights, batches, t, eps and dropout (0)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (auto: cuda if any)")
+    p.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
+                   help="mixed precision (auto: where the hardware multiplies it natively)")
+    p.add_argument("--compile", action="store_true", help="torch.compile both networks (off)")
+    p.add_argument("--limit", type=_count, default=0,
+                   help="train on a sample of N images, equal over the classes (0 = all)")
+    p.add_argument("--run", help="name or path of the run (default: after the data set)")
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint of --run")
+    p.add_argument("--dry-run", action="store_true", help="print the settings, train nothing")
+    p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Resolve the settings, build or restore a run, train it, say what comes next."""
+    args = build_parser().parse_args(argv)
+    state_dict, run = None, None
+    if args.resume:
+        run = find_run(args.run)
+        state_dict = read_checkpoint(run)
+        settings = resolve_resume(args, state_dict["settings"])
+    else:
+        args.data, args.seed = args.data or "glyphs", args.seed or 0
+        settings = resolve(args)
+        run = run_path(args.run) if args.run else new_run(args.data)
+        if (run / "checkpoint.pt").exists():
+            fail(f"{run} holds a trained run: add --resume to go on, or choose another --run")
+    counts = parameter_counts(settings)
+    describe_run(settings, counts, run, args.preset == "auto" and not args.resume)
+    result: dict[str, Any] = {**settings, "parameters": counts, "run": str(run)}
+    if not args.dry_run:
+        result |= run_training(settings, state_dict, run)
+    if args.json:
+        print(json.dumps(result))
+
+
+def describe_run(settings: dict, counts: dict[str, int], run: Path, auto: bool) -> None:
+    """Print what will be trained, every resolved value included."""
+    total = sum(counts.values()) / 1e6
+    why = "no GPU: " if auto and settings["preset"] == "cpu" else ""
+    more = "; --preset paper for Table 4" if settings["preset"] == "cpu" else ""
+    print(f"{why}preset {settings['preset']}, {total:.1f}M parameters{more}")
+    print(f"encoder {counts['encoder'] / 1e6:.2f}M, DiT {counts['dit'] / 1e6:.2f}M, run {run}")
+    model = " ".join(
+        f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}"
+        for k, v in settings["model"].items()
+    )
+    rest = {k: v for k, v in settings.items() if k not in ("model", "row", "method")}
+    print(f"model: {model}")
+    print("train: " + " ".join(f"{k}={v}" for k, v in rest.items()))
+
+
+def run_training(settings: dict, state_dict: dict | None, run: Path) -> dict[str, Any]:
+    """Load the data, build or restore the state, train; returns steps, images, seconds, loss."""
+    device = torch.device(settings["device"])
+    if settings["compile"] and device.type == "cpu":
+        if not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")):
+            fail("--compile needs a C++ compiler on a CPU: install g++, or leave --compile out")
+    split = load(
+        settings["data"], "train", settings["size"], Path(settings["data_dir"]),
+        settings["limit"], settings["seed"],
+    )  # fmt: skip
+    batches = Batches(
+        split.images, settings["batch_size"], settings["seed"], device, settings["flip"]
+    )
+    state = TrainState(settings, device)
+    if state_dict is not None:
+        state.restore(state_dict)
+        done = state.step * settings["batch_size"] / len(batches)
+        if settings["epochs"] and done >= settings["epochs"]:
+            fail(f"{run} has done {done:.1f} epochs: give a larger --epochs, or --minutes")
+    run.mkdir(parents=True, exist_ok=True)
+    cut_log(run / "log.jsonl", state.step)
+    config = json.dumps(settings, indent=1) + "\n"
+    write_atomic(run / "config.json", lambda temporary: temporary.write_text(config))
+    if settings["compile"]:
+        state.model.compile()
+    print(f"{len(batches):,} training images of {settings['data']}", flush=True)
+    seconds = train(state, batches, run)
+    images = state.step * settings["batch_size"]
+    rows = (run / "log.jsonl").read_text().splitlines()
+    named = "" if run == find_run(None) else f" --run {run}"
+    print(
+        f"{state.step:,} steps, {images:,} images seen, {clock(seconds)} in this call; next: "
+        f"python probe.py{named}" + (" --t 400" if settings["data"] == "glyphs" else "")
+    )
+    loss = json.loads(rows[-1])["loss"] if rows else None
+    return {"steps": state.step, "images": images, "seconds": seconds, "loss": loss}
+
+
+if __name__ == "__main__":
+    run_main(main)
