@@ -384,8 +384,8 @@ def load_glyphs(split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list
     labels = rng.permutation(np.arange(n) % 10)
     out = np.empty((n, GLYPH_SIDE, GLYPH_SIDE), np.uint8)
     for i, digit in enumerate(labels):
-        scale, angle = rng.uniform(0.75, 1.1, 2), np.deg2rad(rng.uniform(-20, 20))
-        shear, shift = rng.uniform(-0.3, 0.3), rng.uniform(-2, 2, 2) * GLYPH_SCALE
+        scale, angle = rng.uniform(0.7, 1.1, 2), np.deg2rad(rng.uniform(-25, 25))
+        shear, shift = rng.uniform(-0.3, 0.3), rng.uniform(-3, 3, 2) * GLYPH_SCALE
         cos, sin = np.cos(angle), np.sin(angle)
         forward = np.array([[cos, -sin], [sin, cos]]) @ [[1, shear], [0, 1]] @ np.diag(scale)
         back = np.linalg.inv(forward)  # Pillow asks where each output pixel comes from
