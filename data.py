@@ -355,7 +355,9 @@ def load_cifar(name: str, split: str, data_dir: Path) -> tuple[np.ndarray, np.nd
     data = np.concatenate(records)
     labels, images = data[:, head - 1], data[:, head:].reshape(-1, 3, 32, 32)
     if labels.max() >= classes:
-        raise DataError(f"{store.path} holds label {labels.max()}, not below {classes}: get it again")
+        raise DataError(
+            f"{store.path} holds label {labels.max()}, not below {classes}: get it again"
+        )
     member = store.find(names_file)
     names = store.text(member).split() if member else [str(k) for k in range(classes)]
     return images, labels, names
@@ -392,7 +394,9 @@ def load_glyphs(split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list
         offset = big / 2 - back @ (big / 2 + shift)
         affine = (*back[0], offset[0], *back[1], offset[1])
         stamp = stamps[int(digit), int(rng.integers(4))]
-        image = stamp.transform((big, big), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+        image = stamp.transform(
+            (big, big), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR
+        )
         pixels = np.asarray(image.reduce(GLYPH_SCALE), np.float32) * rng.uniform(0.6, 1.0)
         pixels += rng.normal(0, rng.uniform(0, 25), pixels.shape)
         out[i] = pixels.clip(0, 255).round()
@@ -411,7 +415,9 @@ def split_80_20(entries: Entries, split: str) -> Entries:
     for label in sorted({e[1] or "" for e in entries}):
         groups = sorted({g for _, c, g in entries if (c or "") == label})
         test = set(rng.permutation(groups)[: max(1, round(len(groups) / 5))].tolist())
-        chosen += [e for e in entries if (e[1] or "") == label and (e[2] in test) == (split == "test")]
+        chosen += [
+            e for e in entries if (e[1] or "") == label and (e[2] in test) == (split == "test")
+        ]
     return sorted(chosen)
 
 
@@ -424,7 +430,9 @@ def list_tiny_imagenet(store: Store, split: str) -> Entries:
     annotations = store.find("val/val_annotations.txt")
     if annotations is None:
         raise DataError(f"val/val_annotations.txt is not in {store.path}: get it again")
-    wnid = dict(line.split("\t")[:2] for line in store.text(annotations).splitlines() if "\t" in line)
+    wnid = dict(
+        line.split("\t")[:2] for line in store.text(annotations).splitlines() if "\t" in line
+    )
     known = {label for _, label, _ in train}
     val = [n for n in store.names if re.search(r"(?:^|/)val/images/[^/]+$", n)]
     found = [(n, wnid.get(PurePosixPath(n).name), n) for n in val]
@@ -437,7 +445,9 @@ def list_bccd(store: Store, split: str) -> Entries:
     found = [re.search(pattern, n) for n in store.names]
     if any(found):
         return [(m.string, m[1], f"{split}/{m[1]}/{m[2]}") for m in found if m]
-    pictures = {int(m[1]): n for n in store.names if (m := re.search(r"JPEGImages/\D*(\d+)\.jpg$", n))}
+    pictures = {
+        int(m[1]): n for n in store.names if (m := re.search(r"JPEGImages/\D*(\d+)\.jpg$", n))
+    }
     labels = store.find("dataset-master/labels.csv", "labels.csv")
     if not pictures or labels is None:
         return []
@@ -449,7 +459,9 @@ def list_bccd(store: Store, split: str) -> Entries:
 
 def list_oct2017(store: Store, split: str) -> Entries:
     """train/CLASS/* and test/CLASS/*; the patient is in the name: CLASS-patient-n.jpeg."""
-    found = [re.search(rf"(?:^|/){split}/([A-Z]+)/[A-Z]+-(\d+)-\d+\.jpe?g$", n) for n in store.names]
+    found = [
+        re.search(rf"(?:^|/){split}/([A-Z]+)/[A-Z]+-(\d+)-\d+\.jpe?g$", n) for n in store.names
+    ]
     return [(m.string, m[1], m[2]) for m in found if m]
 
 
@@ -472,7 +484,11 @@ LISTS = {"tiny-imagenet": list_tiny_imagenet, "bccd": list_bccd, "oct2017": list
 def resize(image: Image.Image, size: int) -> Image.Image:
     """To size x size, aspect not kept (Sec. 5.1); Pillow's bilinear filter averages when it shrinks
     and cannot overshoot."""
-    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
+    return (
+        image
+        if image.size == (size, size)
+        else image.resize((size, size), Image.Resampling.BILINEAR)
+    )
 
 
 def decode(store: Store, names: list[str], size: int, channels: int, out: np.ndarray) -> None:
@@ -484,7 +500,9 @@ def decode(store: Store, names: list[str], size: int, channels: int, out: np.nda
             with Image.open(io.BytesIO(raw)) as image:
                 pixels = np.asarray(resize(image.convert("L" if channels == 1 else "RGB"), size))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{store.path}/{name} is damaged ({error}): replace or delete it") from None
+            raise DataError(
+                f"{store.path}/{name} is damaged ({error}): replace or delete it"
+            ) from None
         out[place[name]] = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
         progress.show(done)
     progress.close()
@@ -551,7 +569,9 @@ def describe(name: str) -> Info:
                 sides.append(min(image.size))
                 grey = grey and image.mode in ("1", "L", "LA", "I", "I;16", "F")
         except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"{store.path}/{file} is damaged ({error}): replace or delete it") from None
+            raise DataError(
+                f"{store.path}/{file} is damaged ({error}): replace or delete it"
+            ) from None
     if not sides:
         raise DataError(f"no image in {name}: it needs train/CLASS/* and test/CLASS/*, or CLASS/*")
     side = next((s for s in (32, 64) if np.median(sides) <= s), 256)
@@ -669,9 +689,7 @@ class Batches:
     def __len__(self) -> int:
         return self.count
 
-    def __call__(
-        self, step: int, flips: Tensor | None = None, part: slice = slice(None)
-    ) -> Tensor:
+    def __call__(self, step: int, flips: Tensor | None = None, part: slice = slice(None)) -> Tensor:
         """Batch number `step` -> (b, C, S, S): `part` of its images, mirrored where flips (B,)."""
         index = permutation_stream(self.count, step * self.batch_size, self.batch_size, self.seed)
         index = index[part]

@@ -55,7 +55,7 @@ def fail(message: str) -> NoReturn:
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" -> cuda if there is one, else cpu; a name that does not work here ends the program."""
+    """ "auto" -> cuda if there is one, else cpu; a name that does not work here ends the program."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -82,7 +82,7 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def parse_model(text: str) -> dict[str, Any]:
-    """"hidden=128,mult=1,2,4" -> {"hidden": 128, "mult": (1, 2, 4)}: a part without = belongs to
+    """ "hidden=128,mult=1,2,4" -> {"hidden": 128, "mult": (1, 2, 4)}: a part without = belongs to
     the key before it."""
     values: dict[str, list[int]] = {}
     key = None
@@ -491,11 +491,11 @@ def _number(kind: type, low: float, high: float, what: str):
     return parse
 
 
-_whole = _number(int, 1, math.inf, "a whole number above 0")
-_count = _number(int, 0, math.inf, "a whole number, 0 or more")
-_positive = _number(float, 1e-12, math.inf, "a number above 0")
-_not_negative = _number(float, 0, math.inf, "a number, 0 or more")
-_fraction = _number(float, 0, 1 - 1e-9, "in [0, 1)")
+whole = _number(int, 1, math.inf, "a whole number above 0")
+count = _number(int, 0, math.inf, "a whole number, 0 or more")
+positive = _number(float, 1e-12, math.inf, "a number above 0")
+not_negative = _number(float, 0, math.inf, "a number, 0 or more")
+fraction = _number(float, 0, 1 - 1e-9, "in [0, 1)")
 
 
 def run_main(main) -> None:
@@ -526,28 +526,51 @@ def build_parser() -> argparse.ArgumentParser:
     names = ", ".join(INFOS)
     p.add_argument("--data", help=f"{names}, or a folder of images (default glyphs)")
     p.add_argument("--data-dir", type=Path, default=Path("data"), help="sets live here (data)")
-    p.add_argument("--preset", choices=["auto", *PRESETS], default="auto",
-                   help="paper: Table 4; cpu: minutes on two cores; auto: paper with CUDA, else cpu")
-    p.add_argument("--epochs", type=_positive, help="passes over the training set (paper: 200)")
-    p.add_argument("--minutes", type=_positive, help="wall time from the first step, of this call "
-                   "(cpu: 30; glyphs 3.5); with --epochs, the first reached stops")
-    p.add_argument("--batch-size", type=_whole, help="images a step")
-    p.add_argument("--lr", type=_positive, help="constant learning rate of Adam")
-    p.add_argument("--ema", type=_fraction, help="decay of the weight average (0.9999)")
-    p.add_argument("--clip", type=_not_negative, help="largest gradient norm, 0 = off (1.0)")
-    p.add_argument("--dropout", type=_fraction, help="in the encoder's blocks")
-    p.add_argument("--flip", action=argparse.BooleanOptionalAction,
-                   help="random horizontal flips (default: on, but off for digits)")
-    p.add_argument("--size", type=_whole, help="pixels: images are resized to size x size")
-    p.add_argument("--model", default="", metavar="KEY=VALUE,...",
-                   help="sizes of Table 4, such as hidden=128,depth=4,mult=1,2,4")
-    p.add_argument("--seed", type=_count, help="of weights, batches, t, eps and dropout (0)")
+    p.add_argument(
+        "--preset",
+        choices=["auto", *PRESETS],
+        default="auto",
+        help="paper: Table 4; cpu: minutes on two cores; auto: paper with CUDA, else cpu",
+    )
+    p.add_argument("--epochs", type=positive, help="passes over the training set (paper: 200)")
+    p.add_argument(
+        "--minutes",
+        type=positive,
+        help="wall time from the first step, of this call "
+        "(cpu: 30; glyphs 3.5); with --epochs, the first reached stops",
+    )
+    p.add_argument("--batch-size", type=whole, help="images a step")
+    p.add_argument("--lr", type=positive, help="constant learning rate of Adam")
+    p.add_argument("--ema", type=fraction, help="decay of the weight average (0.9999)")
+    p.add_argument("--clip", type=not_negative, help="largest gradient norm, 0 = off (1.0)")
+    p.add_argument("--dropout", type=fraction, help="in the encoder's blocks")
+    p.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        help="random horizontal flips (default: on, but off for digits)",
+    )
+    p.add_argument("--size", type=whole, help="pixels: images are resized to size x size")
+    p.add_argument(
+        "--model",
+        default="",
+        metavar="KEY=VALUE,...",
+        help="sizes of Table 4, such as hidden=128,depth=4,mult=1,2,4",
+    )
+    p.add_argument("--seed", type=count, help="of weights, batches, t, eps and dropout (0)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (auto: cuda if any)")
-    p.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
-                   help="mixed precision (auto: where the hardware multiplies it natively)")
+    p.add_argument(
+        "--amp",
+        choices=["auto", "bf16", "fp16", "off"],
+        default="auto",
+        help="mixed precision (auto: where the hardware multiplies it natively)",
+    )
     p.add_argument("--compile", action="store_true", help="torch.compile both networks (off)")
-    p.add_argument("--limit", type=_count, default=0,
-                   help="train on a sample of N images, equal over the classes (0 = all)")
+    p.add_argument(
+        "--limit",
+        type=count,
+        default=0,
+        help="train on a sample of N images, equal over the classes (0 = all)",
+    )
     p.add_argument("--run", help="name or path of the run (default: after the data set)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint of --run")
     p.add_argument("--dry-run", action="store_true", help="print the settings, train nothing")

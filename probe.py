@@ -1,0 +1,489 @@
+"""The linear probe (Sec. 5.2, A.2): how well does a linear classifier read the class off v_t?
+
+    python probe.py                     the newest run at t = 0, 100, ..., 900, 999
+    python probe.py --t 400             one t; --t 100,400 two
+    python probe.py --run mnist --data glyphs       the features of another set (transfer)
+    python probe.py --norm none         the paper's stated protocol: features as they are
+
+Each image is encoded once for each t; then the heads of all t are trained in one batched product.
+A head is Linear(1024, K) under AdamW; head 0 of each t sees all training images and gives `top1`,
+the others leave out a fold and give `held_out`, the accuracy on what they did not see. t is chosen
+by `held_out`, which never looks at a test label; the paper reports the best t on the test set, which
+stands here as `oracle`.
+
+probe.json: rows [{t, top1, top5, knn, held_out}] (top5 null for 10 classes or fewer; top1_std with
+--seeds), chosen_t, test_top1, oracle_t, oracle_top1, floors {pixels, untrained, random}, n_test,
+protocol, run. Accuracies in percent. Flags that leave the standard protocol write probe-SUFFIX.json.
+
+Shapes: N images, B batch, V = 1024, K classes, S number of t, H heads of one t.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import Split, load, mix_seed, to_float
+from diffusion import T
+from model import DiER, Encoder
+from train import (
+    Parser,
+    Progress,
+    count,
+    fail,
+    find_run,
+    model_config,
+    pick_amp,
+    pick_device,
+    positive,
+    read_checkpoint,
+    run_main,
+    whole,
+    write_atomic,
+)
+
+TIMES = [*range(0, T, 100), T - 1]  # Sec. A.2: "11 times at intervals of 100 ... from 0 to 999"
+FEW = 5_000  # with fewer training images one tenth is too small a sample to choose t by
+WEIGHT_DECAY, WARMUP = 0.05, 10  # Sec. A.2; the warm-up in epochs
+NEIGHBOURS = 20
+PIXELS = (
+    32  # raw pixels are compared at 32 x 32 at most: 256 x 256 would need 196,608 weights a class
+)
+
+
+# ---------------------------------------------------------------------------- features
+
+
+@torch.no_grad()
+def encode(
+    encoder: Encoder,
+    images: np.ndarray,
+    times: list[int],
+    device: torch.device,
+    amp: torch.dtype | None,
+    what: str,
+) -> Tensor:
+    """v_t of uint8 images (N, C, H, W) for each of the times -> (S, N, V), fp32, on the device.
+
+    The encoder is in eval mode: no dropout, nothing of it changes.
+    """
+    encoder.eval()
+    progress, start = Progress(), time.monotonic()
+    out = torch.empty(len(times), len(images), encoder.head.out_features, device=device)
+    for first in range(0, len(images), 250):
+        x0 = to_float(torch.from_numpy(np.array(images[first : first + 250])).to(device))
+        for s, t in enumerate(times):
+            steps = torch.full((len(x0),), t, device=device)
+            with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+                out[s, first : first + len(x0)] = encoder(x0, steps)
+        done, spent = first + len(x0), time.monotonic() - start
+        left = spent / done * (len(images) - done)
+        if spent > 2:
+            progress.show(f"encoding {what}: {done / spent:.0f} images/s, {left:.0f} s left")
+    return out
+
+
+def raw_pixels(images: np.ndarray) -> Tensor:
+    """The floor of no network: pixels (N, C, H, W) -> (1, N, C * h * w), averaged to 32 x 32 if
+    they are larger."""
+    parts = []
+    for x in np.array_split(images, max(1, len(images) // 1000)):
+        x = to_float(torch.from_numpy(np.array(x)))
+        if x.shape[2] > PIXELS:
+            x = F.interpolate(x, (PIXELS, PIXELS), mode="area")
+        parts.append(x.flatten(1))
+    return torch.cat(parts)[None]
+
+
+def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Subtract the training mean and divide by the training std, for each t and feature, in place:
+    (S, N, V) -> train, test, mean (S, V), std (S, V). This is the batch norm of MAE's probe."""
+    mean, std = train.mean(1), train.std(1, correction=0)
+    safe = torch.where(std > 1e-6, std, 1.0)  # a constant feature stays 0, not 0 / 0
+    for features in (train, test):
+        features.sub_(mean[:, None]).div_(safe[:, None])
+    return train, test, mean, std
+
+
+# ---------------------------------------------------------------------------- folds
+
+
+def make_folds(n: int, groups: np.ndarray | None, seed: int) -> np.ndarray:
+    """Fold of each training image (n,): 0 .. F - 1 are held out in turn, -1 never.
+
+    From 5,000 images on F = 1, one tenth; below, F = 5 and every image is held out once. Images of
+    one group are never apart.
+    """
+    unit = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
+    order = np.random.default_rng(mix_seed(seed, 1)).permutation(unit.max() + 1)
+    share = order[unit] / (unit.max() + 1)  # in [0, 1)
+    if n >= FEW:
+        return np.where(share < 0.1, 0, -1)
+    return (share * 5).astype(np.int64)
+
+
+# ---------------------------------------------------------------------------- heads
+
+
+def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
+    """Linear warm-up to the peak, then linear decay to 0 (Sec. A.2), by step in 0 .. total - 1."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (total - step) / (total - warmup)
+
+
+def train_heads(
+    features: Tensor,
+    labels: Tensor,
+    folds: Tensor,
+    classes: int,
+    epochs: int,
+    peak: float,
+    batch_size: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Train all heads at once: features (S, N, V), labels (N,), folds (N,) in -1 .. F - 1
+    -> weights (S, V, H * K) and biases (S, 1, H * K), H = 1 + F.
+
+    Head 0 learns from every image, head f + 1 from those outside fold f: a mask on the loss, so that
+    one gather and one product serve them all. After the last epoch, never the best of them.
+    """
+    s, n, width = features.shape
+    heads = 2 + int(folds.max())
+    device = features.device
+    generator = torch.Generator().manual_seed(mix_seed(seed, 2))
+    weight = 0.01 * torch.randn(s, width, heads * classes, generator=generator)  # normal(0.01)
+    weight = weight.to(device).requires_grad_()
+    bias = torch.zeros(s, 1, heads * classes, device=device, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight, bias], peak, weight_decay=WEIGHT_DECAY, fused=True)
+    own = torch.arange(-1, heads - 1, device=device)  # the fold that head h leaves out
+    batch_size = min(batch_size, n)
+    per_epoch = n // batch_size  # the rest of a permutation is dropped: every batch is full
+    total, warmup = epochs * per_epoch, min(WARMUP, epochs) * per_epoch
+    progress, start = Progress(), time.monotonic()
+    for epoch in range(epochs):
+        order = torch.randperm(n, generator=generator).to(device)
+        for i in range(per_epoch):
+            index = order[i * batch_size : (i + 1) * batch_size]
+            optimizer.param_groups[0]["lr"] = learning_rate(
+                epoch * per_epoch + i, total, warmup, peak
+            )
+            logits = torch.baddbmm(bias, features[:, index], weight)  # (S, B, H * K)
+            logits = logits.view(s, batch_size, heads, classes).permute(0, 2, 1, 3)  # (S, H, B, K)
+            target = labels[index].expand(s, heads, batch_size)
+            loss = F.cross_entropy(logits.reshape(-1, classes), target.flatten(), reduction="none")
+            mask = (folds[index] != own[:, None]) | (own[:, None] < 0)  # (H, B)
+            loss = loss.view(s, heads, batch_size) * mask / mask.sum(1, keepdim=True).clamp(min=1)
+            optimizer.zero_grad()
+            loss.sum().backward()  # heads share no weight: a sum trains each as if alone
+            optimizer.step()
+        spent = time.monotonic() - start
+        if spent > 2:
+            left = spent / (epoch + 1) * (epochs - epoch - 1)
+            progress.show(f"heads: epoch {epoch + 1} of {epochs}, {left:.0f} s left")
+    return weight.detach(), bias.detach()
+
+
+@torch.no_grad()
+def head_ranks(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
+    """How many classes score above the right one, for each head: features (S, N, V), labels (N,)
+    -> (S, H, N) int; 0 is a top-1 hit, below 5 a top-5 hit."""
+    s, ranks = len(features), []
+    for x, y in zip(features.split(2000, dim=1), labels.split(2000)):
+        logits = torch.baddbmm(bias, x, weight).view(s, x.shape[1], -1, k)  # (S, B, H, K)
+        right = logits.gather(3, y.view(1, -1, 1, 1).expand(s, -1, logits.shape[2], 1))
+        ranks.append((logits > right).sum(3).permute(0, 2, 1))
+    return torch.cat(ranks, dim=2)
+
+
+@torch.no_grad()
+def knn_accuracy(train: Tensor, test: Tensor, y_train: Tensor, y_test: Tensor, k: int) -> float:
+    """Percent of test images (N, V) whose 20 nearest training images by cosine vote for their class;
+    of equal votes the lowest class wins."""
+    train = F.normalize(train, dim=1)
+    hits = 0
+    for x, y in zip(test.split(1000), y_test.split(1000)):
+        near = (F.normalize(x, dim=1) @ train.T).topk(min(NEIGHBOURS, len(train)), dim=1).indices
+        votes = F.one_hot(y_train[near], k).sum(1)  # (B, K)
+        hits += (votes.argmax(1) == y).sum().item()
+    return 100.0 * hits / len(test)
+
+
+def probe_features(
+    train: Tensor,
+    test: Tensor,
+    y_train: Tensor,
+    y_test: Tensor,
+    folds: Tensor,
+    classes: int,
+    settings: dict[str, Any],
+) -> list[dict[str, float | None]]:
+    """Train and score the heads of features (S, N, V): for each t top1, top5, held_out in percent,
+    and top1_std over the seeds where there are several."""
+    runs = []
+    for seed in range(settings["seeds"]):
+        weight, bias = train_heads(
+            train, y_train, folds, classes, settings["epochs"], settings["lr"],
+            settings["batch_size"], seed,
+        )  # fmt: skip
+        ranks = head_ranks(test, y_test, weight, bias, classes)[:, 0]  # (S, N): the full head
+        top1 = 100 * (ranks == 0).double().mean(1)
+        top5 = 100 * (ranks < 5).double().mean(1)
+        seen = head_ranks(train, y_train, weight, bias, classes)  # (S, H, N)
+        held = folds >= 0
+        own = seen[:, 1:][:, folds[held], held.nonzero()[:, 0]]  # (S, held-out images)
+        runs.append(torch.stack([top1, top5, 100 * (own == 0).double().mean(1)]))
+    stacked = torch.stack(runs)  # (seeds, 3, S)
+    mean, rows = stacked.mean(0), []
+    for s in range(len(train)):
+        row = {"top1": mean[0, s].item(), "top5": mean[1, s].item() if classes > 10 else None}
+        row["held_out"] = mean[2, s].item()
+        if settings["seeds"] > 1:
+            row["top1_std"] = stacked[:, 0, s].std().item()
+        rows.append(row)
+    return rows
+
+
+def choose(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """The row with the largest `key`, the smallest t of equals."""
+    return max(rows, key=lambda row: (row[key], -row["t"]))
+
+
+def binomial_interval(percent: float, n: int) -> tuple[float, float]:
+    """Wilson's 95% interval, in percent, of an accuracy measured on n images."""
+    p, z = percent / 100, 1.96
+    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return 100 * (centre - spread) / (1 + z * z / n), 100 * (centre + spread) / (1 + z * z / n)
+
+
+# ---------------------------------------------------------------------------- floors
+
+
+def untrained_encoder(settings: dict[str, Any], random: bool) -> Encoder:
+    """The encoder as initialised; with `random` its zero convolutions are redrawn by PyTorch's
+    default, since as initialised its residual branches are off."""
+    torch.manual_seed(settings["seed"])
+    encoder = DiER(model_config(settings)).encoder
+    if random:
+        for layer in encoder.zero_initialised():
+            layer.reset_parameters()
+    return encoder
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag, with its unit and default."""
+    p = Parser(description="Linear probe of a DiER run.")
+    p.add_argument("--t", help="times in 0..999, such as 400 or 100,400 (0, 100, ..., 900, 999)")
+    p.add_argument("--run", help="name or path of a run (the newest)")
+    p.add_argument("--data", help="another set than the run's: transfer")
+    p.add_argument("--data-dir", type=Path, help="sets live here (the run's)")
+    p.add_argument(
+        "--norm",
+        choices=["std", "none"],
+        default="std",
+        help="standardise features by the training set, or not, as the paper says (std)",
+    )
+    p.add_argument("--weights", choices=["ema", "raw"], default="ema", help="which weights (ema)")
+    p.add_argument("--epochs", type=whole, default=100, help="epochs of the heads (100)")
+    p.add_argument("--lr", type=positive, help="peak learning rate (2 x the paper's: 2e-4 or 2e-5)")
+    p.add_argument("--batch-size", type=whole, default=256, help="of the heads (256)")
+    p.add_argument("--seeds", type=whole, default=1, help="average over N seeds of the heads (1)")
+    p.add_argument(
+        "--limit",
+        type=count,
+        default=0,
+        help="N training and N test images, equal over the classes (0 = all)",
+    )
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
+    p.add_argument(
+        "--amp",
+        choices=["auto", "bf16", "fp16", "off"],
+        default="auto",
+        help="precision of the encoder (auto)",
+    )
+    p.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE.npz",
+        help="save features (S, N, V), labels, split (0 train, 1 test), t, mean, std, run",
+    )
+    return p  # fmt: skip
+
+
+def parse_times(text: str | None) -> list[int]:
+    """ "100,400" -> [100, 400]; None -> the eleven of the paper."""
+    if text is None:
+        return TIMES
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) < T for part in parts):
+        fail(f"--t {text}: give whole numbers in 0..{T - 1}, such as --t 100,400")
+    return sorted({int(part) for part in parts})
+
+
+def to_channels(split: Split, channels: int) -> np.ndarray:
+    """Images with the channels that the encoder takes: grey repeated, or colours averaged."""
+    images = split.images
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return np.repeat(images, 3, axis=1)
+    return images.mean(axis=1, keepdims=True).round().astype(np.uint8)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Encode, train the heads, print the table, write probe.json."""
+    args = build_parser().parse_args(argv)
+    times = parse_times(args.t)
+    run = find_run(args.run)
+    state = read_checkpoint(run)
+    settings, step = state["settings"], state["step"]
+    device = pick_device(args.device)
+    amp = pick_amp(args.amp, device)
+    name = args.data or settings["data"]
+    data_dir = args.data_dir or Path(settings["data_dir"])
+    splits = [load(name, s, settings["size"], data_dir, args.limit) for s in ("train", "test")]
+    if splits[0].labels is None:
+        fail(f"{name} has no classes, and a probe needs them: lay it out as CLASS/* (see README)")
+    images = [to_channels(split, settings["channels"]) for split in splits]
+    y_train, y_test = (torch.from_numpy(split.labels).to(device) for split in splits)
+    classes, n_test = len(splits[0].class_names), len(y_test)
+    folds = torch.from_numpy(make_folds(len(y_train), splits[0].groups, 0)).to(device)
+    heads = {"epochs": args.epochs, "batch_size": args.batch_size, "seeds": args.seeds}
+    heads["lr"] = args.lr or (2e-5 if settings["row"] == 256 else 2e-4)
+    protocol = {
+        **heads, "norm": args.norm, "weights": args.weights, "data": name, "limit": args.limit,
+        "held_out": "a tenth" if len(y_train) >= FEW else "5-fold", "step": step,
+    }  # fmt: skip
+
+    def score(features: list[Tensor], with_knn: bool) -> list[dict[str, Any]]:
+        mean = std = None
+        if args.norm == "std":
+            *features, mean, std = standardise(*features)
+        rows = probe_features(*features, y_train, y_test, folds, classes, heads)
+        for row, a, b in zip(rows, *features):
+            row["knn"] = knn_accuracy(a, b, y_train, y_test, classes) if with_knn else None
+        score.stats = mean, std
+        return rows
+
+    def encode_both(encoder: Encoder, at: list[int], what: str) -> list[Tensor]:
+        encoder.to(device)
+        parts = zip(images, ("train", "test"))
+        return [encode(encoder, x, at, device, amp, f"{s}, {what}") for x, s in parts]
+
+    model = DiER(model_config(settings))
+    model.load_state_dict(state["ema" if args.weights == "ema" else "model"])
+    print(f"run {run}, step {step:,}: {name}, {len(y_train):,} + {n_test:,} images, {device}")
+    features = encode_both(model.encoder, times, "v_t")
+    if args.export:
+        kept = torch.cat(features, dim=1).half().cpu().numpy()
+    rows = score(features, with_knn=True)
+    rows = [{"t": t, **row} for t, row in zip(times, rows)]
+    if args.export:
+        export(args.export, kept, times, y_train, y_test, score.stats, run)
+    del features
+    path = result_path(run, args)
+    rows = merge_rows(path, rows, protocol)
+    chosen, oracle = choose(rows, "held_out"), choose(rows, "top1")
+    floors = {"pixels": score([raw_pixels(x) for x in images], False)[0]["top1"]}
+    for kind in ("untrained", "random"):
+        encoder = untrained_encoder(settings, kind == "random")
+        floors[kind] = score(encode_both(encoder, [chosen["t"]], kind), False)[0]["top1"]
+    result = {
+        "rows": rows, "chosen_t": chosen["t"], "test_top1": chosen["top1"],
+        "oracle_t": oracle["t"], "oracle_top1": oracle["top1"], "floors": floors,
+        "n_test": n_test, "protocol": protocol, "run": str(run),
+    }  # fmt: skip
+    text = json.dumps(result, indent=1) + "\n"
+    write_atomic(path, lambda temporary: temporary.write_text(text))
+    print_table(result, len(y_train), path)
+
+
+def export(path: Path, features: np.ndarray, times, y_train, y_test, stats, run: Path) -> None:
+    """Write the features as they come from the encoder, in half precision, train before test."""
+    mean, std = (np.zeros(0) if s is None else s.cpu().numpy() for s in stats)
+    labels = torch.cat([y_train, y_test]).cpu().numpy()
+    split = np.repeat([0, 1], [len(y_train), len(y_test)])
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, features=features, labels=labels, split=split, t=np.array(times),
+                     mean=mean, std=std, run=str(run))  # fmt: skip
+
+    write_atomic(path, write)
+    print(f"features: {path}")
+
+
+def result_path(run: Path, args: argparse.Namespace) -> Path:
+    """probe.json for the standard protocol, else probe-SUFFIX.json."""
+    suffix = [Path(args.data).name] if args.data else []
+    suffix += ["none"] if args.norm == "none" else []
+    suffix += ["raw"] if args.weights == "raw" else []
+    suffix += [f"limit{args.limit}"] if args.limit else []
+    suffix += [f"epochs{args.epochs}"] if args.epochs != 100 else []
+    suffix += [f"lr{args.lr:g}"] if args.lr else []
+    suffix += [f"batch{args.batch_size}"] if args.batch_size != 256 else []
+    suffix += [f"seeds{args.seeds}"] if args.seeds > 1 else []
+    return run / ("-".join(["probe", *suffix]) + ".json")
+
+
+def merge_rows(path: Path, rows: list[dict], protocol: dict) -> list[dict]:
+    """Old rows of other t join where checkpoint and protocol are the same; else the old file is kept
+    as probe-STEP.json."""
+    if not path.exists():
+        return rows
+    old = json.loads(path.read_text())
+    if old["protocol"] != protocol:
+        path.replace(path.with_name(f"{path.stem}-{old['protocol']['step']}.json"))
+        return rows
+    merged = {row["t"]: row for row in old["rows"] + rows}
+    return [merged[t] for t in sorted(merged)]
+
+
+def print_table(result: dict[str, Any], n_train: int, path: Path) -> None:
+    """The table: a row and a bar for each t, the choice, the oracle, the floors, the protocol."""
+    top5 = result["rows"][0]["top5"] is not None
+    print(f"\n   t  held-out   top-1{'   top-5' if top5 else ''}     kNN")
+    low = min(row["top1"] for row in result["rows"]) - 1
+    high = max(row["top1"] for row in result["rows"])
+    for row in result["rows"]:
+        bar = "#" * round(30 * (row["top1"] - low) / (high - low))
+        spread = f" +- {row['top1_std']:.2f}" if "top1_std" in row else ""
+        five = f"{row['top5']:8.2f}" if top5 else ""
+        print(
+            f"{row['t']:4d}  {row['held_out']:8.2f}{row['top1']:8.2f}{five}{row['knn']:8.2f}  "
+            f"{bar}{spread}"
+        )
+    n, best = result["n_test"], result["test_top1"]
+    lower, upper = binomial_interval(best, n)
+    print(
+        f"\nchosen t = {result['chosen_t']} (by held-out training images): test top-1 {best:.2f}%"
+    )
+    print(f"  95% interval {lower:.2f} to {upper:.2f} ({n:,} test images)")
+    print(f"oracle t = {result['oracle_t']} (best on the test set, as the paper reports): "
+          f"{result['oracle_top1']:.2f}%")  # fmt: skip
+    floors = result["floors"]
+    print(f"floors: raw pixels {floors['pixels']:.2f}, untrained encoder {floors['untrained']:.2f}, "
+          f"random encoder {floors['random']:.2f}")  # fmt: skip
+    p = result["protocol"]
+    print(
+        f"protocol: {p['weights']} weights at step {p['step']:,}, features norm {p['norm']}, AdamW "
+        f"lr {p['lr']:g} decay {WEIGHT_DECAY}, batch {p['batch_size']}, {p['epochs']} epochs (warm-up "
+        f"{WARMUP}, linear to 0), {n_train:,} training images, held-out {p['held_out']}, "
+        f"{p['seeds']} seed(s); bars from {min(r['top1'] for r in result['rows']) - 1:.1f}%"
+    )
+    print(f"saved: {path}")
+
+
+if __name__ == "__main__":
+    run_main(main)
