@@ -51,7 +51,8 @@ def eps_loss(eps_hat: Tensor, eps: Tensor) -> Tensor:
     The caller takes the mean over the batch; one value an image also gives the loss by t for free.
     The expected value is 1 for a network that outputs 0, since E[eps^2] = 1.
     """
-    eps_hat, eps = eps_hat.float(), eps.float()  # autocast may hand over half precision
+    if eps_hat.dtype != torch.float64:  # autocast may hand over half precision
+        eps_hat, eps = eps_hat.float(), eps.float()
     return (eps_hat - eps).square().flatten(1).mean(1)
 
 

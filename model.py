@@ -117,10 +117,10 @@ PRESETS: dict[str, dict[int, Preset]] = {
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
-    """Embed times as cosines and sines of `width / 2` frequencies: t (B,) -> (B, width), fp32."""
+    """Embed times as cosines and sines of `width / 2` frequencies: t (B,) -> (B, width), float64."""
     half = width // 2
-    freqs = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, device=t.device) / half)
-    angles = t.float()[:, None] * freqs
+    exponent = torch.arange(half, device=t.device, dtype=torch.float64) / half
+    angles = t[:, None] * MAX_PERIOD**-exponent
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -133,6 +133,11 @@ def positions_2d(side: int, width: int) -> Tensor:
     return torch.cat([rows, cols], dim=2).reshape(side * side, width)
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Half precision to fp32, where sums and exponentials would lose digits; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for each head: (B, heads, N, d) -> (B, heads, N, d).
 
@@ -142,7 +147,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.shape[2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v)
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
-    return scores.softmax(3, dtype=torch.float32).to(v.dtype) @ v
+    return at_least_fp32(scores).softmax(3).to(v.dtype) @ v
 
 
 class GroupNorm(nn.GroupNorm):
@@ -155,7 +160,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(min(32, channels // 4), channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float())
+        return super().forward(at_least_fp32(x))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -165,7 +170,7 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(width, eps=1e-6, elementwise_affine=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float())
+        return super().forward(at_least_fp32(x))
 
 
 # ---------------------------------------------------------------------------- encoder
@@ -260,7 +265,7 @@ class Encoder(nn.Module):
         return [m.conv2 if isinstance(m, ResBlock) else m.proj for m in self.layers]
 
     def forward(self, x0: Tensor, t: Tensor) -> Tensor:
-        time = self.time_mlp(sinusoid(t, self.base))  # (B, E)
+        time = self.time_mlp(sinusoid(t, self.base).to(x0.dtype))  # (B, E)
         h = self.stem(x0)  # (B, base, H, W)
         for layer in self.layers:
             h = layer(h, time) if isinstance(layer, ResBlock) else layer(h)  # (B, C_l, H_l, W_l)
@@ -340,7 +345,7 @@ class DiT(nn.Module):
         self.patch, self.channels = cfg.patch, cfg.channels
         pixels = cfg.patch**2 * cfg.channels
         self.embed = nn.Linear(pixels, cfg.hidden)
-        positions = positions_2d(cfg.size // cfg.patch, cfg.hidden)
+        positions = positions_2d(cfg.size // cfg.patch, cfg.hidden).float()
         self.register_buffer("positions", positions, persistent=False)  # (N, D), never learned
         self.time_mlp = nn.Sequential(
             nn.Linear(self.TIME_WIDTH, cfg.hidden), nn.SiLU(), nn.Linear(cfg.hidden, cfg.hidden)
@@ -369,7 +374,8 @@ class DiT(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         x = self.embed(patchify(x_t, self.patch)) + self.positions  # (B, N, D)
-        c = self.time_mlp(sinusoid(t, self.TIME_WIDTH)) + self.v_proj(v)  # (B, D)
+        time = sinusoid(t, self.TIME_WIDTH).to(x_t.dtype)  # (B, 256)
+        c = self.time_mlp(time) + self.v_proj(v)  # (B, D)
         for block in self.blocks:
             x = block(x, c)  # (B, N, D)
         shift, scale = self.ada(F.silu(c)).chunk(2, dim=1)  # (B, D)

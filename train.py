@@ -42,7 +42,19 @@ RUNS = Path("runs")
 SAVE_SECONDS = 60.0  # a crash costs at most this much training
 GLYPHS_MINUTES = 3.5  # the embedded set is the five-minute tour
 # A resumed run keeps these from its checkpoint; the others may change.
-FIXED = "data preset seed batch_size lr ema clip flip size limit model".split()
+FIXED = [
+    "data",
+    "preset",
+    "seed",
+    "batch_size",
+    "lr",
+    "ema",
+    "clip",
+    "flip",
+    "size",
+    "limit",
+    "model",
+]
 
 
 def fail(message: str) -> NoReturn:
@@ -261,7 +273,7 @@ class Window:
     """What the log needs, summed on the device between two log steps: reading it is the only time
     that the host waits for the device."""
 
-    FIELDS = "loss count grad_norm steps skipped bad_step".split()
+    FIELDS = ["loss", "count", "grad_norm", "steps", "skipped", "bad_step"]
 
     def __init__(self, device: torch.device):
         self.loss = torch.zeros(10, device=device)  # summed loss by tenth of t
@@ -347,7 +359,7 @@ class TrainState:
         self.abar = alphas_cumprod().float().to(device)
         self.window = Window(device)
 
-    PARTS = "model ema optimizer scaler window".split()
+    PARTS = ["model", "ema", "optimizer", "scaler", "window"]
 
     def save(self, run: Path) -> None:
         """Write checkpoint.pt, whole or not at all."""
