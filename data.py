@@ -1,46 +1,90 @@
 """The data sets: six real ones, one drawn on the spot, any folder of images; batches; pictures.
 
-Every set becomes one uint8 array (N, C, S, S), read here by hand, from data/NAME/:
+    glyphs         ten digits drawn with Pillow's own font: needs no file
+    mnist          {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]                     downloaded
+    cifar10        cifar-10-binary.tar.gz, or its folder cifar-10-batches-bin            downloaded
+    cifar100       cifar-100-binary.tar.gz, or its folder cifar-100-binary               downloaded
+    tiny-imagenet  tiny-imagenet-200.zip, or its folder tiny-imagenet-200                downloaded
+    bccd           .../images/{TRAIN,TEST}/CLASS/_K_NNNN.jpeg (K: the source picture), else
+                   .../JPEGImages/BloodImage_NNNNN.jpg with labels.csv, split 80/20      by hand
+    oct2017        OCT2017/{train,test}/CLASS/CLASS-patient-n.jpeg                       by hand
+    path/to/folder train/CLASS/* and test/CLASS/* (or val, valid); or CLASS/*, split 80/20; or
+                   images without classes: all of them train, and the same fifth is test
 
-    glyphs         ten digits drawn with Pillow's own font; needs no file
-    mnist          {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]                    downloaded
-    cifar10        cifar-10-binary.tar.gz, or the folder cifar-10-batches-bin           downloaded
-    cifar100       cifar-100-binary.tar.gz, or the folder cifar-100-binary              downloaded
-    tiny-imagenet  tiny-imagenet-200.zip, or that folder                                downloaded
-    bccd           dataset2-master/images/{TRAIN,TEST}/CLASS/_K_NNNN.jpeg, or dataset-master/
-                   JPEGImages with labels.csv; as folders, one .zip or one .tar.gz      by hand
-    oct2017        OCT2017/{train,test}/CLASS/CLASS-patient-n.jpeg; likewise            by hand
-    path/to/folder train/CLASS/* and test/CLASS/*, or CLASS/* (split 80/20), or images alone
-
-Archives are read in place, never unpacked. What fails raises DataError with one line to print.
-Shapes: N images, B batch, C channels, S S (or H W) pixels.
+A set lies in data/NAME/, as folders or as one .zip, .tar or .tar.gz, which is read in place. Every
+way to fail raises DataError with one line to print. A split becomes one uint8 array (N, C, S, S).
+Shapes: N images, B batch, C channels, H W pixels, S = H = W.
 """
 
 import csv
 import gzip
 import hashlib
+import http.client
 import io
+import math
 import os
+import queue
 import re
+import shutil
 import sys
 import tarfile
+import threading
 import time
 import urllib.request
+import warnings
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
-MAX_MEMBER = 256 * 2**20  # bytes of one file in an archive: none of the sets comes near
-MAX_MEMBERS = 1_000_000  # files in an archive: oct2017, the largest, has 110,000
-CACHE_FILES = 2_000  # with more files to decode than this, a memory-mapped cache pays
-SPLIT_SEED = 0  # of every 80/20 split: part of the set, so that train and probe always agree
+MAX_BYTES = 256 * 2**20  # of one file in an archive: the largest real one, cifar100's, has 154 MB
+MAX_MEMBERS = 1_000_000  # files in an archive: the largest real one, tiny-imagenet, has 120,000
+CACHE_FILES, CACHE_BYTES = 2_000, 256 * 2**20  # more takes long, or much memory: decoded only once
+TIMEOUT, TRIES = 8.0, 3  # seconds a server may be silent; 3 x (connect + read) stays below a minute
+BROKEN = (OSError, EOFError, RuntimeError, ValueError, zlib.error, zipfile.BadZipFile)
+BROKEN += (tarfile.TarError, http.client.HTTPException)  # what readers of damaged input raise
+BCCD_CLASSES = ("EOSINOPHIL", "LYMPHOCYTE", "MONOCYTE", "NEUTROPHIL")  # Sec. 5.1; not BASOPHIL
+BY_HAND = {
+    "bccd": "dataset2-master from https://www.kaggle.com/datasets/paultimothymooney/blood-cells",
+    "oct2017": "OCT2017 from https://data.mendeley.com/datasets/rscbjbr9sj/2",
+}
+DOWNLOADS = {  # set -> (mirrors in the order to try, {file: md5})
+    "mnist": (
+        (
+            "https://ossci-datasets.s3.amazonaws.com/mnist/",
+            "https://storage.googleapis.com/cvdf-datasets/mnist/",
+            "http://yann.lecun.com/exdb/mnist/",
+        ),
+        {
+            "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+            "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+            "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+        },
+    ),
+    "cifar10": (
+        ("https://www.cs.toronto.edu/~kriz/",),
+        {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
+    ),
+    "cifar100": (
+        ("https://www.cs.toronto.edu/~kriz/",),
+        {"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"},
+    ),
+    "tiny-imagenet": (
+        ("http://cs231n.stanford.edu/",),
+        {"tiny-imagenet-200.zip": "90528d7ca1a48142e341f4ef8d21d0de"},
+    ),
+}
 
 
 class DataError(Exception):
@@ -49,13 +93,13 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class Info:
-    """What is known about a set before it is read."""
+    """What is known about a set without reading it."""
 
     name: str
-    channels: int
+    channels: int  # 1 or 3
     classes: int | None  # None: unlabelled
     side: int  # its row of Table 4: 32, 64 or 256
-    flip: bool  # is a mirrored image still one of the set? Not for digits
+    flip: bool  # is a mirrored image still one of its kind? Not for digits
 
 
 INFOS = {
@@ -71,525 +115,555 @@ INFOS = {
 
 @dataclass
 class Split:
-    """The training or the test images of a set, in memory or memory-mapped."""
+    """The training or the test images of a set."""
 
-    images: np.ndarray  # uint8 (N, C, S, S)
+    images: np.ndarray  # uint8 (N, C, S, S), maybe a read-only np.memmap
     labels: np.ndarray | None  # int64 (N,); None: unlabelled
-    groups: np.ndarray | None  # int64 (N,): equal for images of one source picture or patient
+    groups: np.ndarray | None  # int64 (N,), equal for images of one source picture or patient
     class_names: list[str]
 
 
+def damaged(where: object, reason: object) -> DataError:
+    return DataError(f"{where} is damaged ({reason}): delete it, then run or get it again")
+
+
 def mix_seed(*numbers: int) -> int:
-    """One 63-bit seed out of several numbers; their order matters."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """One 63-bit seed out of several numbers; their order and their count matter."""
+    digest = hashlib.sha256(",".join(str(int(n)) for n in numbers).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
-# ---------------------------------------------------------------------------- downloads
-
-MNIST_MIRRORS = [
-    "https://ossci-datasets.s3.amazonaws.com/mnist/",
-    "https://storage.googleapis.com/cvdf-datasets/mnist/",
-    "http://yann.lecun.com/exdb/mnist/",
-]
-TORONTO = ["https://www.cs.toronto.edu/~kriz/"]
-# set -> [(file, mirrors, md5)]
-SOURCES: dict[str, list[tuple[str, list[str], str]]] = {
-    "mnist": [
-        ("train-images-idx3-ubyte.gz", MNIST_MIRRORS, "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
-        ("train-labels-idx1-ubyte.gz", MNIST_MIRRORS, "d53e105ee54ea40749a09fcbcd1e9432"),
-        ("t10k-images-idx3-ubyte.gz", MNIST_MIRRORS, "9fb629c4189551a2d022fa330f9573f3"),
-        ("t10k-labels-idx1-ubyte.gz", MNIST_MIRRORS, "ec29112dd5afa0611ce80d1b7f02629c"),
-    ],
-    "cifar10": [("cifar-10-binary.tar.gz", TORONTO, "c32a1d4ab5d03f1284b67883e8d87530")],
-    "cifar100": [("cifar-100-binary.tar.gz", TORONTO, "03b5dce01913d631647c71ecec9e9cb8")],
-    "tiny-imagenet": [
-        (
-            "tiny-imagenet-200.zip",
-            ["http://cs231n.stanford.edu/"],
-            "90528d7ca1a48142e341f4ef8d21d0de",
-        )
-    ],
-}
-BY_HAND = {
-    "bccd": "dataset2-master (or its .zip) from kaggle.com/datasets/paultimothymooney/blood-cells",
-    "oct2017": "OCT2017 (or its archive) from data.mendeley.com/datasets/rscbjbr9sj or "
-    "kaggle.com/datasets/paultimothymooney/kermany2018",
-}
-TIMEOUT = 10.0  # seconds without a byte
-TRIES = 3
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, which becomes `path` only if the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:  # Ctrl-C comes here too
+        temporary.unlink(missing_ok=True)
 
 
-class Progress:
-    """A line on stderr with count, rate and time left, from the third second on."""
-
-    def __init__(self, what: str, total: int, unit: str):
-        self.what, self.total, self.unit = what, total, unit
-        self.start = self.shown = time.monotonic()
-
-    def show(self, done: float) -> None:
-        """Rewrite the line, twice a second at most."""
-        now = time.monotonic()
-        if now - self.start > 2 and now - self.shown > 0.5:
-            rate = done / (now - self.start)
-            left = (self.total - done) / rate if rate and self.total else 0
-            text = f"{self.what}: {done:.0f} of {self.total:.0f} {self.unit}, {rate:.1f}/s"
-            print(f"\r{text}, {left:.0f} s left \033[K", end="", file=sys.stderr, flush=True)
-            self.shown = now
-
-    def close(self) -> None:
-        """End the line if one was shown."""
-        if self.shown > self.start:
-            print(file=sys.stderr)
+def progress(items: Iterable, what: str, total: float, unit: str, weigh: Callable) -> Iterator:
+    """Pass items on; from the third second a line on stderr: count, rate, time left."""
+    start, shown, done = time.monotonic(), 0.0, 0.0
+    for item in items:
+        yield item
+        done, now = done + weigh(item), time.monotonic()
+        if now - start > 2 and now - shown > 0.5:
+            rate, shown = done / (now - start), now
+            line = f"{what}: {done:,.0f} of {total:,.0f} {unit}, {rate:,.1f} {unit}/s, "
+            line += f"{max(total - done, 0) / rate:,.0f} s left"
+            print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
+    if shown:
+        print(file=sys.stderr)
 
 
-def download(file: Path, mirrors: list[str], md5: str) -> None:
-    """Fetch mirrors[k] + file.name in at most 3 tries; a wrong md5 is a failed try.
+def connect(url: str) -> http.client.HTTPResponse:
+    """urlopen in TIMEOUT seconds in all: its own timeout is for each address of each host, and
+    does not cover a name server that is silent."""
+    box: queue.SimpleQueue = queue.SimpleQueue()
 
-    The file appears under its name only when it is whole. Raises OSError with the last reason.
+    def work() -> None:
+        try:
+            box.put(urllib.request.urlopen(url, timeout=TIMEOUT))
+        except Exception as error:
+            box.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        answer = box.get(timeout=TIMEOUT)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {TIMEOUT:g} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def download(name: str, files: list[str], folder: Path) -> None:
+    """Fetch files of a set into folder, each in at most TRIES tries over its mirrors.
+
+    A file gets its name only when it is whole and its md5 is right. Raises DataError at the first
+    file that fails for good.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    reason = "no mirror"
-    for k in range(TRIES):
-        url = mirrors[k % len(mirrors)] + file.name
-        try:
-            digest = hashlib.md5()
-            with urllib.request.urlopen(url, timeout=TIMEOUT) as source, part.open("wb") as out:
-                total = int(source.headers.get("Content-Length") or 0)
-                progress, done = Progress(file.name, total / 1e6, "MB"), 0
-                while chunk := source.read(2**16):
-                    out.write(chunk)
-                    digest.update(chunk)
-                    done += len(chunk)
-                    progress.show(done / 1e6)
-                progress.close()
-            if total and done < total:
-                raise OSError(f"broke off after {done} of {total} bytes")
-            if digest.hexdigest() != md5:
-                raise OSError(f"md5 {digest.hexdigest()} is not the official {md5}")
-            os.replace(part, file)
-            return
-        except (OSError, ValueError) as error:  # http.client's errors are OSErrors or ValueErrors
-            reason = f"{url}: {getattr(error, 'reason', None) or error}"
-        finally:
-            part.unlink(missing_ok=True)
-    raise OSError(reason)
-
-
-def fetch(name: str, folder: Path, accept: Callable[[str], bool]) -> None:
-    """Download the files of a set that `accept` does not find; DataError says what to do by hand."""
-    if name in BY_HAND:
-        raise DataError(
-            f"{name} is not in {folder}: its licence or size forbids a download here; put "
-            f"{BY_HAND[name]} there; or `python train.py` needs no data"
-        )
-    files = SOURCES[name]
-    for file, mirrors, md5 in files:
-        if accept(file):
-            continue
-        try:
-            download(folder / file, mirrors, md5)
-        except OSError as error:
-            names = ", ".join(f for f, _, _ in files)
+    mirrors, md5s = DOWNLOADS[name]
+    for file in files:
+        for attempt in range(TRIES):
+            url = mirrors[attempt % len(mirrors)] + file
+            try:
+                with written_whole(folder / file) as temporary, connect(url) as answer:
+                    digest, done = hashlib.md5(), 0
+                    total = int(answer.headers.get("Content-Length", 0))
+                    chunks = iter(lambda: answer.read(2**16), b"")
+                    with temporary.open("wb") as out:
+                        for chunk in progress(
+                            chunks, file, total / 1e6, "MB", lambda c: len(c) / 1e6
+                        ):
+                            done += len(chunk)
+                            digest.update(chunk)
+                            out.write(chunk)
+                    if done < total:
+                        raise OSError(f"broke off after {done:,} of {total:,} bytes")
+                    if digest.hexdigest() != md5s[file]:
+                        raise OSError(f"its md5 is {digest.hexdigest()}, not {md5s[file]}")
+                break
+            except BROKEN as error:
+                reason = f"{url}: {error}"
+                time.sleep(attempt)  # a short pause: 0, 1, 2 seconds
+        else:
             raise DataError(
-                f"{name} is not in {folder} and could not be downloaded ({error}): put "
-                f"{'this file' if len(files) == 1 else f'these {len(files)} files'} there: {names} "
-                f"from {mirrors[0]}; or `python train.py` needs no data"
-            ) from None
+                f"{name} is not in {folder} and could not be downloaded ({reason}): put "
+                f"{', '.join(files)} from {mirrors[0]} there; or `python train.py` needs no data"
+            )
 
 
-# ---------------------------------------------------------------------------- files and archives
+class Member(NamedTuple):
+    """One file in an archive."""
+
+    handle: Any  # what the archive opens it by
+    size: int  # bytes
+    stamp: int  # changes with its content
+    place: int  # archives are read in this order, since a .tar.gz cannot go back cheaply
 
 
-class Store:
-    """The files below a folder, or inside a .zip or .tar(.gz), read in place.
+class Archive:
+    """A folder, a .zip or a .tar(.gz): `members` by name, and `read`, which gives the bytes.
 
-    names are POSIX paths relative to it, hidden files left out. Raises DataError where the archive
-    is damaged, or holds more or larger members than any of the sets.
+    Nothing is ever unpacked, so no name in an archive becomes a path to write to. Hidden files are
+    left out. Raises DataError where the archive is damaged or exceeds the limits above.
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self._open = path, partial(open, mode="rb")
+
+    def _list(self) -> Iterator[tuple[str, Member]]:
+        if self.path.is_dir():
+            for folder, _, files in os.walk(self.path, followlinks=True):
+                for path in (os.path.join(folder, file) for file in files):
+                    if os.path.isfile(path):
+                        status, name = os.stat(path), os.path.relpath(path, self.path)
+                        yield (
+                            Path(name).as_posix(),
+                            Member(path, status.st_size, status.st_mtime_ns, 0),
+                        )
+        elif self.path.suffix.lower() == ".zip":
+            archive = zipfile.ZipFile(self.path)
+            self._open = archive.open
+            for m in archive.infolist():
+                if not m.is_dir():
+                    yield m.filename, Member(m, m.file_size, m.CRC, m.header_offset)
+        elif self.path.exists():
+            archive = tarfile.open(self.path)  # noqa: SIM115, stays open for `read`
+            self._open = archive.extractfile
+            for m in archive:
+                if m.isfile():
+                    yield m.name.removeprefix("./"), Member(m, m.size, int(m.mtime), m.offset)
+            if archive.fileobj.tell() < archive.offset + tarfile.BLOCKSIZE:
+                raise EOFError("it ends too early")  # tarfile takes a cut header for the end
+
+    @cached_property
+    def members(self) -> dict[str, Member]:
+        """Every file by its path with slashes, sorted."""
+        found: dict[str, Member] = {}
         try:
-            if path.is_dir():
-                files = (p for p in path.rglob("*") if p.is_file())
-                sizes = {p.relative_to(path).as_posix(): p.stat().st_size for p in files}
-            elif path.suffix == ".zip":
-                with zipfile.ZipFile(path) as z:
-                    sizes = {i.filename: i.file_size for i in z.infolist() if not i.is_dir()}
-            else:
-                with tarfile.open(path) as tar:
-                    sizes = {m.name: m.size for m in tar if m.isfile()}
-        except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, ValueError) as error:
-            raise self.damaged(str(error)) from None
-        if len(sizes) > MAX_MEMBERS:
-            raise self.damaged(f"{len(sizes):,} files are more than {MAX_MEMBERS:,}")
-        for name, size in sizes.items():
-            if size > MAX_MEMBER:
-                raise self.damaged(f"{name} has {size:,} bytes, more than {MAX_MEMBER:,}")
-        hidden = re.compile(r"(^|/)(\.|__MACOSX/)")
-        self.sizes = {n: s for n, s in sorted(sizes.items()) if not hidden.search(n)}
-        self.names = list(self.sizes)
+            for name, member in self._list():
+                if member.size > MAX_BYTES and self.path.is_file():
+                    raise damaged(self.path, f"{name} has {member.size:,} bytes")
+                if len(found) == MAX_MEMBERS:
+                    raise damaged(self.path, f"it holds more than {MAX_MEMBERS:,} files")
+                found[name] = member
+        except BROKEN as error:
+            raise damaged(self.path, error) from None
+        return {n: found[n] for n in sorted(found) if not re.search(r"(^|/)(\.|__MACOSX/)", n)}
 
-    def damaged(self, reason: str) -> DataError:
-        """The error for this store."""
-        return DataError(f"{self.path} cannot be read ({reason}): delete it and get it again")
+    def where(self, name: str) -> str:
+        """How to call a member in a message."""
+        return f"{self.path / name}" if self.path.is_dir() else f"{self.path} (its {name})"
 
-    def read(self, names: list[str]) -> Iterator[tuple[str, bytes]]:
-        """(name, bytes) of the files asked for, in the order in which they are stored."""
-        wanted = set(names)
+    def read(self, name: str) -> bytes:
+        """The bytes of one member, those of a .gz decompressed."""
+        member = self.members[name]
         try:
-            if self.path.is_dir():
-                for name in names:
-                    yield name, (self.path / name).read_bytes()
-            elif self.path.suffix == ".zip":
-                with zipfile.ZipFile(self.path) as z:
-                    for name in names:
-                        yield name, z.read(name)
-            else:
-                with tarfile.open(self.path) as tar:
-                    for member in tar:
-                        if member.name in wanted and member.isfile():
-                            yield member.name, tar.extractfile(member).read()
-        except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, ValueError) as error:
-            raise self.damaged(str(error)) from None
-
-    def find(self, *endings: str) -> str | None:
-        """The first name that is one of `endings` or ends in / and one of them."""
-        for ending in endings:
-            for name in self.names:
-                if name == ending or name.endswith("/" + ending):
-                    return name
-        return None
-
-    def text(self, name: str) -> str:
-        """One file as text."""
-        return next(self.read([name]))[1].decode("utf-8", errors="replace")
+            with self._open(member.handle) as file:
+                file = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
+                data = file.read(MAX_BYTES + 1)
+        except BROKEN as error:
+            raise damaged(self.where(name), error) from None
+        if len(data) > MAX_BYTES:
+            raise damaged(self.where(name), f"more than {MAX_BYTES:,} bytes")
+        return data
 
 
-def open_store(name: str, folder: Path) -> Store:
-    """The store of a set: an archive in its folder where no folder is, downloaded if need be."""
+@dataclass
+class Source:
+    """One split before its images are decoded."""
 
-    def candidates() -> list[Path]:
-        inside = sorted(folder.iterdir()) if folder.is_dir() else []
-        inside = [p for p in inside if not p.name.startswith(".")]
-        archives = [p for p in inside if p.name.endswith((".zip", ".tar", ".tar.gz", ".tgz"))]
-        return [folder] if any(p.is_dir() for p in inside) else archives
-
-    found = candidates()
-    if not found:
-        fetch(name, folder, lambda file: (folder / file).exists())
-        found = candidates()
-    return Store(found[0])
+    items: np.ndarray | list[str]  # uint8 pixels (N, C, h, w), or names of image files in `archive`
+    labels: np.ndarray | None  # (N,)
+    class_names: list[str]
+    groups: np.ndarray | None = None  # (N,)
+    archive: Archive | None = None
 
 
-# ---------------------------------------------------------------------------- binary sets
-
-
-def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """An idx file of unsigned bytes, gzipped or not: 0, 0, 8, d, d big-endian sizes, the bytes."""
-    try:
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rb") as file:
-            raw = file.read(MAX_MEMBER + 1)
-    except (OSError, EOFError, ValueError, gzip.zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error}): delete it and get it again") from None
-    head = 4 + 4 * dimensions
-    if len(raw) < head or raw[:4] != bytes([0, 0, 8, dimensions]):
-        raise DataError(f"{path} is not an idx file of {dimensions} dimensions: get it again")
-    shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", dimensions, 4))
-    if len(raw) - head != np.prod(shape, dtype=np.int64):
-        raise DataError(f"{path} has {len(raw) - head} bytes for {shape}: delete it, get it again")
-    return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
-
-
-def load_mnist(split: str, data_dir: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """uint8 (N, 1, 28, 28), labels (N,), class names."""
-    folders = [data_dir / "mnist", data_dir / "mnist/MNIST/raw", data_dir / "MNIST/raw"]
-
-    def path(file: str) -> Path | None:
-        options = [f / n for f in folders for n in (file, file.removesuffix(".gz"))]
-        return next((p for p in options if p.is_file()), None)
-
-    fetch("mnist", folders[0], lambda file: path(file) is not None)
-    prefix = "train" if split == "train" else "t10k"
-    images_path = path(f"{prefix}-images-idx3-ubyte.gz")
-    images, labels_path = read_idx(images_path, 3), path(f"{prefix}-labels-idx1-ubyte.gz")
-    labels = read_idx(labels_path, 1)
-    if len(images) != len(labels):
-        raise DataError(f"{images_path} has {len(images)} images, {labels_path} {len(labels)}")
-    if labels.size and labels.max() > 9:
-        raise DataError(f"{labels_path} holds label {labels.max()}: delete it and get it again")
-    return images[:, None], labels, [str(digit) for digit in range(10)]
-
-
-def load_cifar(name: str, split: str, data_dir: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """uint8 (N, 3, 32, 32), labels (N,), class names, from the binary version: a record is one
-    label byte (cifar100: coarse, then fine), then 3072 bytes: R, G, B planes, row-major."""
-    folder, classes = data_dir / name, INFOS[name].classes
-    if list(folder.glob("*python*")) + list(folder.glob("*batches-py")):
-        if not list(folder.glob("*bin*")):
-            file, mirrors, _ = SOURCES[name][0]
-            raise DataError(
-                f"{folder} holds the pickle version of {name}, which is never loaded: put "
-                f"{file} from {mirrors[0]} there"
-            )
-    store = open_store(name, folder)
-    if name == "cifar10":
-        files = [f"data_batch_{k}.bin" for k in range(1, 6)] if split == "train" else None
-        files, head, names_file = files or ["test_batch.bin"], 1, "batches.meta.txt"
-    else:
-        files, head, names_file = [f"{split}.bin"], 2, "fine_label_names.txt"
-    records = []
-    for file in files:
-        member = store.find(file)
-        if member is None:
-            raise DataError(f"{file} is not in {store.path}: delete it and get it again")
-        raw = np.frombuffer(next(store.read([member]))[1], np.uint8)
-        if raw.size == 0 or raw.size % (head + 3072):
-            raise DataError(
-                f"{member} in {store.path} has {raw.size} bytes, not a multiple of "
-                f"{head + 3072}: delete it and get it again"
-            )
-        records.append(raw.reshape(-1, head + 3072))
-    data = np.concatenate(records)
-    labels, images = data[:, head - 1], data[:, head:].reshape(-1, 3, 32, 32)
-    if labels.max() >= classes:
-        raise DataError(
-            f"{store.path} holds label {labels.max()}, not below {classes}: get it again"
-        )
-    member = store.find(names_file)
-    names = store.text(member).split() if member else [str(k) for k in range(classes)]
-    return images, labels, names
-
-
-GLYPH_SIDE, GLYPH_SCALE = 28, 3  # glyphs are drawn three times as large, then averaged
-
-
-def load_glyphs(split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """uint8 (N, 1, 28, 28), labels (N,), names: digits in Pillow's font, 10,000 train, 2,000 test.
+def draw_glyphs(split: str) -> Source:
+    """10,000 train or 2,000 test digits in Pillow's font, uint8 (N, 1, 28, 28), white on black.
 
     Each is scaled, rotated, sheared, shifted, drawn thin or bold, dimmed and covered with noise, so
-    that pixels alone do not tell the digits apart. The recipe was fixed before anything was trained.
+    that pixels alone do not tell them apart. The recipe was fixed before anything was trained.
     """
-    n = 10_000 if split == "train" else 2_000
-    rng = np.random.default_rng([seed, split == "train"])
-    big = GLYPH_SIDE * GLYPH_SCALE
-    font = ImageFont.load_default(size=22 * GLYPH_SCALE)
-    stamps = {}
-    for digit in range(10):
-        for stroke in range(4):
-            stamps[digit, stroke] = stamp = Image.new("L", (big, big))
-            ImageDraw.Draw(stamp).text(
-                (big / 2, big / 2), str(digit), 255, font, anchor="mm", stroke_width=stroke
-            )
-    labels = rng.permutation(np.arange(n) % 10)
-    out = np.empty((n, GLYPH_SIDE, GLYPH_SIDE), np.uint8)
+    n, side, big = {"train": 10_000, "test": 2_000}[split], 28, 28 * 3  # drawn at 3 x, averaged
+    rng = np.random.default_rng([0, split == "train"])
+    stamps, font = {}, ImageFont.load_default(size=22 * 3)
+    for digit, stroke in np.ndindex(10, 4):
+        stamps[digit, stroke] = stamp = Image.new("L", (big, big))
+        where = {"xy": (big / 2, big / 2), "anchor": "mm"}
+        ImageDraw.Draw(stamp).text(
+            **where, text=f"{digit}", fill=255, font=font, stroke_width=stroke
+        )
+    labels, out = rng.permutation(np.arange(n) % 10), np.empty((n, 1, side, side), np.uint8)
     for i, digit in enumerate(labels):
         scale, angle = rng.uniform(0.7, 1.1, 2), np.deg2rad(rng.uniform(-25, 25))
-        shear, shift = rng.uniform(-0.3, 0.3), rng.uniform(-3, 3, 2) * GLYPH_SCALE
+        shear, shift = rng.uniform(-0.3, 0.3), rng.uniform(-3, 3, 2) * 3
         cos, sin = np.cos(angle), np.sin(angle)
         forward = np.array([[cos, -sin], [sin, cos]]) @ [[1, shear], [0, 1]] @ np.diag(scale)
         back = np.linalg.inv(forward)  # Pillow asks where each output pixel comes from
         offset = big / 2 - back @ (big / 2 + shift)
         affine = (*back[0], offset[0], *back[1], offset[1])
-        stamp = stamps[int(digit), int(rng.integers(4))]
+        stamp = stamps[digit, rng.integers(4)]
         image = stamp.transform(
-            (big, big), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR
+            stamp.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR
         )
-        pixels = np.asarray(image.reduce(GLYPH_SCALE), np.float32) * rng.uniform(0.6, 1.0)
+        pixels = np.asarray(image.reduce(3), np.float32) * rng.uniform(0.6, 1.0)
         pixels += rng.normal(0, rng.uniform(0, 25), pixels.shape)
         out[i] = pixels.clip(0, 255).round()
-    return out[:, None], labels, [str(digit) for digit in range(10)]
+    return Source(out, labels, [str(digit) for digit in range(10)])
 
 
-# ---------------------------------------------------------------------------- image sets
-
-Entries = list[tuple[str, str | None, str]]  # (file, class or None, source picture or patient)
-
-
-def split_80_20(entries: Entries, split: str) -> Entries:
-    """A seeded split within each class; the groups of one class stay on one side."""
-    rng = np.random.default_rng(SPLIT_SEED)
-    chosen = []
-    for label in sorted({e[1] or "" for e in entries}):
-        groups = sorted({g for _, c, g in entries if (c or "") == label})
-        test = set(rng.permutation(groups)[: max(1, round(len(groups) / 5))].tolist())
-        chosen += [
-            e for e in entries if (e[1] or "") == label and (e[2] in test) == (split == "test")
-        ]
-    return sorted(chosen)
+def find(archives: list[Archive], *names: str) -> tuple[str, bytes] | None:
+    """(how to call it, bytes) of the first file with one of these names, in any folder."""
+    for archive in archives:
+        for member in archive.members:
+            if member.rsplit("/", 1)[-1] in names:
+                return archive.where(member), archive.read(member)
+    return None
 
 
-def list_tiny_imagenet(store: Store, split: str) -> Entries:
-    """train/WNID/images/*, and val/images/* by val_annotations.txt as the test images."""
-    train = [re.search(r"(?:^|/)train/([^/]+)/images/[^/]+$", n) for n in store.names]
-    train = [(m.string, m[1], m.string) for m in train if m]
-    if split == "train":
-        return train
-    annotations = store.find("val/val_annotations.txt")
-    if annotations is None:
-        raise DataError(f"val/val_annotations.txt is not in {store.path}: get it again")
-    wnid = dict(
-        line.split("\t")[:2] for line in store.text(annotations).splitlines() if "\t" in line
-    )
-    known = {label for _, label, _ in train}
-    val = [n for n in store.names if re.search(r"(?:^|/)val/images/[^/]+$", n)]
-    found = [(n, wnid.get(PurePosixPath(n).name), n) for n in val]
-    return [e for e in found if e[1] in known]
+def read_mnist(archives: list[Archive], split: str) -> Source | None:
+    """Two idx files: 0, 0, 8, d, then d big-endian sizes of 4 bytes, then the bytes."""
+    prefix, arrays = "train" if split == "train" else "t10k", []
+    for file, d in ((f"{prefix}-images-idx3-ubyte", 3), (f"{prefix}-labels-idx1-ubyte", 1)):
+        found = find(archives, file, f"{file}.gz")
+        if found is None:
+            return None
+        where, raw = found
+        head = 4 + 4 * d
+        shape = [int.from_bytes(raw[k : k + 4], "big") for k in range(4, head, 4)]
+        if raw[:4] != bytes([0, 0, 8, d]):
+            raise damaged(where, f"it starts with {raw[:4].hex()}, not with 000008{d:02d}")
+        if len(raw) != head + math.prod(shape) or 0 in shape:
+            raise damaged(where, f"{len(raw):,} bytes for the dimensions {shape}")
+        arrays.append(np.frombuffer(raw, np.uint8, offset=head).reshape(shape))
+    images, labels = arrays
+    if len(images) != len(labels) or labels.max() > 9:
+        raise damaged(where, f"{len(labels):,} labels to {labels.max()} for {len(images):,} digits")
+    return Source(images[:, None], labels, [str(digit) for digit in range(10)])
 
 
-def list_bccd(store: Store, split: str) -> Entries:
-    """The augmented pictures by their folders, else the originals by labels.csv, split 80/20."""
-    pattern = rf"images/{split.upper()}/([A-Z]+)/(_\d+)_[^/]+$"
-    found = [re.search(pattern, n) for n in store.names]
-    if any(found):
-        return [(m.string, m[1], f"{split}/{m[1]}/{m[2]}") for m in found if m]
-    pictures = {
-        int(m[1]): n for n in store.names if (m := re.search(r"JPEGImages/\D*(\d+)\.jpg$", n))
-    }
-    labels = store.find("dataset-master/labels.csv", "labels.csv")
-    if not pictures or labels is None:
+def read_cifar(name: str, archives: list[Archive], split: str) -> Source | None:
+    """Records of one label byte (cifar100: coarse, then fine; the fine one is used) and 3072 bytes,
+    the R, G and B planes, row-major."""
+    files, head, meta = [f"{split}.bin"], 2, "fine_label_names.txt"
+    if name == "cifar10":
+        files, head, meta = [f"data_batch_{k}.bin" for k in range(1, 6)], 1, "batches.meta.txt"
+        files = files if split == "train" else ["test_batch.bin"]
+    records, classes = [], INFOS[name].classes
+    for file in files:
+        found = find(archives, file)
+        if found is None:
+            pickles = [a.path for a in archives if "python" in a.path.name]
+            pickles += [
+                a.path / m for a in archives for m in a.members if re.search("-py(thon)?/", m)
+            ]
+            if pickles:
+                raise DataError(
+                    f"{pickles[0]} is the pickle version of {name}, which is never loaded: put "
+                    f"{next(iter(DOWNLOADS[name][1]))} from {DOWNLOADS[name][0][0]} beside it"
+                )
+            return None
+        where, raw = found
+        if not raw or len(raw) % (head + 3072):
+            raise damaged(where, f"{len(raw):,} bytes are not whole records of {head + 3072}")
+        records.append(np.frombuffer(raw, np.uint8).reshape(-1, head + 3072))
+        if records[-1][:, head - 1].max() >= classes:
+            raise damaged(where, f"label {records[-1][:, head - 1].max()} of {classes} classes")
+    data, names = np.concatenate(records), find(archives, meta)
+    names = names[1].decode().split() if names else [str(k) for k in range(classes)]
+    return Source(data[:, head:].reshape(-1, 3, 32, 32), data[:, head - 1], names)
+
+
+@dataclass
+class Row:
+    """One image file of a set."""
+
+    file: str
+    root: str | None = None  # the folders above the set
+    split: str | None = None  # train, test; None: to be split 80/20
+    label: str | None = None
+    group: str | None = None  # source picture or patient; None: on its own
+
+
+IMAGE = r"[^/]+\.(?:png|jpe?g|bmp|gif|webp|tiff?)"
+
+
+def match(archive: Archive, pattern: str) -> list[Row]:
+    """The files whose whole path matches, with its named groups, by class and name."""
+    found = [re.fullmatch(pattern, file, re.IGNORECASE) for file in archive.members]
+    rows = [Row(m.string, **m.groupdict()) for m in found if m]
+    root = min((r.root or "" for r in rows), key=len, default="")
+    rows = [r for r in rows if (r.root or "") == root]  # Kaggle's archives hold some sets twice
+    for row in rows:
+        row.split = row.split and ("train" if row.split.lower() == "train" else "test")
+    return sorted(rows, key=lambda r: (r.label or "", r.file))
+
+
+def split_80_20(rows: list[Row]) -> list[Row]:
+    """Within each class the fifth whose hashed names come first is for testing: the same on every
+    machine and for every seed. Without classes nothing is probed, so all of them also train."""
+    by_class: dict[str | None, list[Row]] = {}
+    for row in sorted(rows, key=lambda r: hashlib.sha256(r.file.split("/")[-1].encode()).digest()):
+        by_class.setdefault(row.label, []).append(row)
+    for label, members in by_class.items():
+        cut = max(len(members) // 5, len(members) > 1)
+        yes, no = members[:cut], members if label is None else members[cut:]
+        by_class[label] = [replace(r, split="test") for r in yes]
+        by_class[label] += [replace(r, split="train") for r in no]
+    rows = [row for members in by_class.values() for row in members]
+    return sorted(rows, key=lambda r: (r.label or "", r.file))
+
+
+def list_tiny_imagenet(archive: Archive) -> list[Row]:
+    """val is the test split, its classes in val_annotations.txt; class order by wnids.txt."""
+    root, images = r"(?P<root>.*/)?", f"images/{IMAGE}"
+    rows = match(archive, rf"{root}(?P<split>train|val)/(?:(?P<label>n\d+)/)?{images}")
+    if not rows:
         return []
-    four = {"EOSINOPHIL", "LYMPHOCYTE", "MONOCYTE", "NEUTROPHIL"}
-    rows = csv.DictReader(io.StringIO(store.text(labels)))
-    rows = [(pictures.get(int(r["Image"])), r["Category"].strip()) for r in rows if r.get("Image")]
-    return split_80_20([(name, c, name) for name, c in rows if name and c in four], split)
+    texts = [f"{rows[0].root or ''}{n}" for n in ("wnids.txt", "val/val_annotations.txt")]
+    wnids, notes = (archive.read(t).decode() if t in archive.members else "" for t in texts)
+    labels = dict(line.split("\t")[:2] for line in notes.splitlines() if "\t" in line)
+    for row in rows:
+        row.label = row.label or labels.get(row.file.split("/")[-1])
+    known = {r.label for r in rows if r.split == "train"}
+    order = {wnid: k for k, wnid in enumerate(wnids.split())}
+    rows = [r for r in rows if r.label in known]
+    return sorted(rows, key=lambda r: (order.get(r.label, 0), r.label, r.file))
 
 
-def list_oct2017(store: Store, split: str) -> Entries:
-    """train/CLASS/* and test/CLASS/*; the patient is in the name: CLASS-patient-n.jpeg."""
-    found = [
-        re.search(rf"(?:^|/){split}/([A-Z]+)/[A-Z]+-(\d+)-\d+\.jpe?g$", n) for n in store.names
-    ]
-    return [(m.string, m[1], m[2]) for m in found if m]
+def list_bccd(archive: Archive) -> list[Row]:
+    """The augmented pictures, copies of one source picture grouped; else the originals, of which
+    the rows of labels.csv with a picture and exactly one of the four classes count."""
+    group = r"(?P<group>(?P<split>TRAIN|TEST)/(?P<label>[A-Z]+)/_\d+)_\d+\.jpe?g"
+    rows = match(archive, rf"(?P<root>.*/)?images/{group}")
+    if rows:
+        return rows
+    rows = match(archive, r"(?P<root>.*/)?JPEGImages/BloodImage_(?P<group>\d+)\.jpg")
+    table = f"{rows[0].root or ''}labels.csv" if rows else ""
+    if table not in archive.members:
+        return []
+    try:
+        lines = csv.DictReader(io.StringIO(archive.read(table).decode(), newline=""))
+        labels = {int(n["Image"]): n["Category"].strip() for n in lines if n["Category"]}
+    except (KeyError, ValueError, TypeError) as error:
+        raise damaged(archive.where(table), f"Image, Category expected: {error}") from None
+    rows = [Row(r.file, r.root, None, labels.get(int(r.group))) for r in rows]
+    return split_80_20([r for r in rows if r.label in BCCD_CLASSES])
 
 
-def list_folder(store: Store, split: str) -> Entries:
-    """train/CLASS/* and test/CLASS/* (or val, valid), else CLASS/* or images alone, split 80/20."""
-    images = [n for n in store.names if PurePosixPath(n).suffix.lower() in SUFFIXES]
-    tops = {n.split("/")[0] for n in images if "/" in n}
-    held = next((name for name in ("test", "val", "valid") if name in tops), None)
-    if "train" in tops and held:
-        images = [n for n in images if n.split("/")[0] == ("train" if split == "train" else held)]
-        parts = [(n, n.split("/")[1:]) for n in images]
-        return [(n, rest[0] if len(rest) > 1 else None, n) for n, rest in parts]
-    entries = [(n, n.split("/")[0] if "/" in n else None, n) for n in images]
-    return split_80_20(entries, split)
+def list_oct2017(archive: Archive) -> list[Row]:
+    """The patient is in the name, and may have images of several classes."""
+    root = r"(?P<root>(?:.*/)?(?:OCT2017 ?|OCT)/)?"  # with the blank: Kaggle; OCT: ZhangLabData
+    file = r"(?P<split>train|test)/(?P<label>[A-Z]+)/[A-Z]+-(?P<group>\d+)-\d+\.jpe?g"
+    return match(archive, root + file)
+
+
+def list_folder(archive: Archive) -> list[Row]:
+    """A folder of images, with classes or without."""
+    label = rf"(?:(?P<label>[^/]+)/)?{IMAGE}"
+    for held in ("test", "val", "valid"):
+        rows = match(archive, rf"(?P<split>train|{held})/{label}")
+        if {r.split for r in rows} == {"train", "test"}:
+            break
+    else:
+        train = match(archive, rf"train/{label}")
+        rows = split_80_20(train if any(r.label for r in train) else match(archive, label))
+    if any(r.label for r in rows):
+        rows = [r for r in rows if r.label]
+    return rows
 
 
 LISTS = {"tiny-imagenet": list_tiny_imagenet, "bccd": list_bccd, "oct2017": list_oct2017}
 
 
-def resize(image: Image.Image, size: int) -> Image.Image:
-    """To size x size, aspect not kept (Sec. 5.1); Pillow's bilinear filter averages when it shrinks
-    and cannot overshoot."""
-    return (
-        image
-        if image.size == (size, size)
-        else image.resize((size, size), Image.Resampling.BILINEAR)
+def read_images(name: str, archives: list[Archive], split: str) -> Source | None:
+    """The image files of the first archive that holds the set."""
+    listed = ((archive, LISTS.get(name, list_folder)(archive)) for archive in archives)
+    archive, rows = next(((a, rows) for a, rows in listed if rows), (None, []))
+    names = list(dict.fromkeys(r.label for r in rows if r.label))
+    pictures = np.unique([r.group or "" for r in rows], return_inverse=True)[1]
+    mine = [k for k, row in enumerate(rows) if row.split == split]
+    if rows and not mine:
+        raise DataError(f"{archive.path} has no {split} images of {name}: see the top of data.py")
+    if not rows:
+        return None
+    return Source(
+        [rows[k].file for k in mine],
+        np.array([names.index(rows[k].label) for k in mine]) if names else None,
+        names,
+        pictures[mine] if rows[0].group else None,
+        archive,
     )
 
 
-def decode(store: Store, names: list[str], size: int, channels: int, out: np.ndarray) -> None:
-    """Read the images `names` into out, uint8 (N, C, S, S). A damaged file raises DataError."""
-    place = {name: i for i, name in enumerate(names)}
-    progress = Progress(f"decoding {store.path}", len(names), "images")
-    for done, (name, raw) in enumerate(store.read(names)):
-        try:
-            with Image.open(io.BytesIO(raw)) as image:
-                pixels = np.asarray(resize(image.convert("L" if channels == 1 else "RGB"), size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(
-                f"{store.path}/{name} is damaged ({error}): replace or delete it"
-            ) from None
-        out[place[name]] = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-        progress.show(done)
-    progress.close()
-
-
-def decode_cached(
-    store: Store, names: list[str], size: int, channels: int, cache: Path
-) -> np.ndarray:
-    """The decoded images; many of them are decoded once, into a memory-mapped file under cache.
-
-    The file's name holds a fingerprint of the list of files, so that a changed set is read anew.
-    """
-    shape = (len(names), channels, size, size)
-    if len(names) <= CACHE_FILES:
-        decode(store, names, size, channels, out := np.empty(shape, np.uint8))
-        return out
-    stamp = store.path.stat().st_mtime_ns
-    listing = repr([(n, store.sizes[n]) for n in names]) + f"{store.path} {stamp}"
-    path = cache / f"{hashlib.md5(listing.encode()).hexdigest()[:16]}-{channels}x{size}.npy"
-    try:
-        found = np.load(path, mmap_mode="r")
-        if found.shape == shape and found.dtype == np.uint8:
-            return found
-    except (OSError, ValueError, EOFError):
-        pass  # absent or damaged: decode
-    temporary = path.with_suffix(".tmp")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        out = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-        decode(store, names, size, channels, out)
-        out.flush()
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(f"{cache} cannot be written ({error}): use another --data-dir") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r")
-
-
-# ---------------------------------------------------------------------------- any set
-
-
-def folder_store(name: str) -> Store:
-    """The store of a folder of images; DataError where there is none."""
-    path = Path(name)
-    if not path.is_dir():
-        raise DataError(f"--data {name}: neither a folder of images nor one of {', '.join(INFOS)}")
-    return Store(path)
+def open_set(name: str, split: str, data_dir: Path) -> Source:
+    """The split of any set, downloaded if it has to be. Raises DataError where it is not found."""
+    if name == "glyphs":
+        return draw_glyphs(split)
+    folders = [data_dir / name] if name in INFOS else [Path(name)]
+    folders += [data_dir / "MNIST"] if name == "mnist" else []  # where torchvision puts it
+    for attempt in range(2):
+        files = [f for folder in folders if folder.is_dir() for f in sorted(folder.iterdir())]
+        files = [f for f in files if re.search(r"^[^.].*\.(zip|tar|tar\.gz|tgz)$", f.name.lower())]
+        archives = [Archive(path) for path in folders + files * (name in INFOS)]
+        if name == "mnist":
+            source = read_mnist(archives, split)
+        elif name in ("cifar10", "cifar100"):
+            source = read_cifar(name, archives, split)
+        else:
+            source = read_images(name, archives, split)
+        if source:
+            return source
+        if name in DOWNLOADS and not attempt:
+            have = {
+                m.rsplit("/", 1)[-1]
+                for archive in archives[: len(folders)]
+                for m in archive.members
+            }
+            wanted = [f for f in DOWNLOADS[name][1] if not {f, f.removesuffix(".gz")} & have]
+            download(name, wanted, folders[0])
+    if name not in INFOS:
+        raise DataError(f"no images in {name}: the layouts are at the top of data.py")
+    what = BY_HAND.get(name) or f"{', '.join(DOWNLOADS[name][1])} from {DOWNLOADS[name][0][0]}"
+    raise DataError(
+        f"{name} is not in {folders[0]}: put {what} there; or `python train.py` needs no data"
+    )
 
 
 def describe(name: str) -> Info:
-    """What is known before reading: a known name touches no disk, of a folder the headers are read.
-
-    Raises DataError where `name` is neither, or a folder holds no image.
-    """
+    """What is known before reading. A known name touches no disk; else it is a folder of images,
+    whose file headers are read. Raises DataError where it is neither."""
     if name in INFOS:
         return INFOS[name]
-    store = folder_store(name)
-    entries = list_folder(store, "train")
-    sides, grey = [], True
-    for file, _, _ in entries:
+    path = Path(name)
+    if not path.is_dir():
+        raise DataError(f"{name!r} is no folder of images and none of {', '.join(INFOS)}")
+    rows, sides, modes = list_folder(Archive(path)), [], set()
+    for file in {row.file for row in rows}:
         try:
-            with Image.open(store.path / file) as image:
+            with Image.open(path / file) as image:  # reads no more than the header
                 sides.append(min(image.size))
-                grey = grey and image.mode in ("1", "L", "LA", "I", "I;16", "F")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(
-                f"{store.path}/{file} is damaged ({error}): replace or delete it"
-            ) from None
-    if not sides:
-        raise DataError(f"no image in {name}: it needs train/CLASS/* and test/CLASS/*, or CLASS/*")
+                modes.add(image.mode)
+        except Exception as error:
+            raise damaged(path / file, error) from None
+    if not rows:
+        raise DataError(f"no images in {name}: the layouts are at the top of data.py")
+    grey = modes <= {"1", "L", "LA", "I", "I;16", "I;16B", "F"}
     side = next((s for s in (32, 64) if np.median(sides) <= s), 256)
-    labels = {c for _, c, _ in entries}
-    classes = None if None in labels else len(labels)
-    return Info(store.path.resolve().name, 1 if grey else 3, classes, side, True)
+    classes = len({row.label for row in rows} - {None}) or None
+    return Info(path.resolve().name, 1 if grey else 3, classes, side, True)
 
 
 def sample(labels: np.ndarray | None, n: int, limit: int, seed: int) -> np.ndarray:
-    """Sorted indices of `limit` of n images, as equal over the classes as they allow."""
-    order = np.random.default_rng(seed).permutation(n)
-    if labels is not None:  # the k-th image of each class before the (k + 1)-th of any
-        rank = np.empty(n, np.int64)
+    """Sorted indices of a seeded sample of n images, as equal over the classes as they allow."""
+    order = np.random.default_rng(mix_seed(seed)).permutation(n)
+    if limit and labels is not None:  # first one image of each class, then a second of each, ...
+        turn = np.empty(n, np.int64)
         for label in np.unique(labels):
-            mine = order[labels[order] == label]
-            rank[mine] = np.arange(len(mine))
-        order = order[np.argsort(rank[order], kind="stable")]
-    return np.sort(order[:limit])
+            turn[labels[order] == label] = np.arange((labels == label).sum())
+        order = order[np.argsort(turn, kind="stable")]
+    return np.sort(order[: limit or n])
+
+
+def fit(image: Image.Image, size: int, channels: int) -> np.ndarray:
+    """Any image -> uint8 (C, S, S), aspect not kept. Pillow's bilinear filter averages over all
+    pixels when it shrinks, so nothing aliases, and unlike bicubic it cannot overshoot."""
+    if image.mode.startswith("I"):  # 16 bits: convert would clip at 255
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    image = image.convert("RGBA") if image.mode == "P" else image
+    image = image.convert("L" if channels == 1 else "RGB")
+    image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def decode(source: Source, chosen: np.ndarray, channels: int, out: np.ndarray) -> None:
+    """The chosen images -> out, uint8 (N, C, S, S). Raises DataError with the damaged file."""
+    size, items, archive = out.shape[-1], source.items, source.archive
+
+    def one(pair: tuple[int, Any]) -> None:
+        k, item = pair
+        try:
+            if archive:
+                image = Image.open(io.BytesIO(item))
+            else:
+                image = Image.fromarray(item[0] if channels == 1 else item.transpose(1, 2, 0))
+            out[k] = fit(image, size, channels)
+        except Exception as error:  # Pillow's decoders raise nearly anything
+            raise damaged(archive.where(items[chosen[k]]), error) from None
+
+    order = range(len(chosen))
+    if archive:
+        order = sorted(order, key=lambda k: archive.members[items[chosen[k]]].place)
+    blocks = [order[k : k + 64] for k in range(0, len(order), 64)]  # bounds the memory
+    with ThreadPoolExecutor() as pool:
+        for block in progress(blocks, "decoding", len(order), "images", len):
+            raw = [archive.read(items[chosen[k]]) if archive else items[chosen[k]] for k in block]
+            any((pool.map if archive else map)(one, zip(block, raw)))
+
+
+def decode_once(source: Source, chosen: np.ndarray, size: int, channels: int, cache: Path):
+    """`decode`, for a large set into a memory-mapped file that is found again as long as the files
+    are the same: its name holds a fingerprint of their names, sizes and times."""
+    shape = (len(chosen), channels, size, size)
+    if math.prod(shape) <= CACHE_BYTES and (not source.archive or len(chosen) <= CACHE_FILES):
+        decode(source, chosen, channels, out := np.empty(shape, np.uint8))
+        return out
+    key = hashlib.sha256(repr((shape, source.archive and str(source.archive.path))).encode())
+    key.update(chosen.tobytes() if source.archive is None else b"")
+    for k in chosen if source.archive else ():
+        member = source.archive.members[source.items[k]]
+        key.update(repr((source.items[k], member.size, member.stamp)).encode())
+    key.update(b"" if source.archive else source.items)
+    path = cache.with_name(f"{cache.name}-{size}-{key.hexdigest()[:16]}.npy")
+    try:
+        kept = np.load(path, mmap_mode="r")
+        if kept.shape == shape and kept.dtype == np.uint8:
+            return kept
+    except BROKEN:
+        pass  # not there, or cut short: decode
+    try:
+        with written_whole(path) as temporary:
+            if shutil.disk_usage(path.parent).free < math.prod(shape):
+                raise OSError(f"{math.prod(shape) / 1e6:,.0f} MB are not free there")
+            decode(
+                source,
+                chosen,
+                channels,
+                np.lib.format.open_memmap(temporary, "w+", np.uint8, shape),
+            )
+        return np.load(path, mmap_mode="r")
+    except OSError as error:
+        print(f"no cache in {path.parent} ({error}): decoding into memory", file=sys.stderr)
+    decode(source, chosen, channels, out := np.empty(shape, np.uint8))
+    return out
 
 
 def load(
@@ -600,120 +674,88 @@ def load(
     limit: int = 0,
     seed: int = 0,
 ) -> Split:
-    """The "train" or "test" images of a set at size x size; limit > 0 takes a seeded sample of them.
+    """The "train" or "test" images of a set, resized to size x size.
 
-    Raises DataError, whose text is one line for the user.
+    limit > 0 takes a seeded sample, as equal over the classes as can be. What is missing in
+    data_dir is downloaded if it may be. Raises DataError.
     """
-    data_dir, groups = Path(data_dir), None
-    if name in ("glyphs", "mnist", "cifar10", "cifar100"):
-        if name == "glyphs":
-            images, labels, names = load_glyphs(split)
-        elif name == "mnist":
-            images, labels, names = load_mnist(split, data_dir)
-        else:
-            images, labels, names = load_cifar(name, split, data_dir)
-        keep = np.arange(len(images)) if not limit else sample(labels, len(images), limit, seed)
-        images, labels = images[keep], labels[keep].astype(np.int64)
-        if images.shape[2] != size:
-            images = np.stack([[resize(Image.fromarray(c), size) for c in x] for x in images])
-        return Split(images, labels, None, names)
-    store = open_store(name, data_dir / name) if name in INFOS else folder_store(name)
-    lister = LISTS.get(name, list_folder)
-    entries = lister(store, split)
-    if not entries:
-        raise DataError(f"no {split} image of {name} in {store.path}: see the layouts in data.py")
-    train = entries if split == "train" else lister(store, "train")
-    names = sorted({c for _, c, _ in train if c is not None})
-    labels = None
-    if all(c is not None for _, c, _ in train + entries):
-        number = {c: k for k, c in enumerate(names)}
-        unknown = {c for _, c, _ in entries} - number.keys()
-        if unknown:
-            raise DataError(f"class {min(unknown)} of {name} has test images but none to train on")
-        labels = np.array([number[c] for _, c, _ in entries], np.int64)
-    if limit:
-        keep = sample(labels, len(entries), limit, seed)
-        entries, labels = [entries[i] for i in keep], None if labels is None else labels[keep]
-    if len({g for _, _, g in entries}) < len(entries):
-        groups = np.unique([g for _, _, g in entries], return_inverse=True)[1].astype(np.int64)
-    channels = describe(name).channels
-    files = [file for file, _, _ in entries]
-    images = decode_cached(store, files, size, channels, data_dir / "cache")
-    return Split(images, labels, groups, names)
-
-
-# ---------------------------------------------------------------------------- batches
+    if split not in ("train", "test"):
+        raise DataError(f"there is no split {split!r}: take train or test")
+    info = describe(name)
+    source = open_set(name, split, Path(data_dir))
+    chosen = sample(source.labels, len(source.items), limit, seed)
+    cache = Path(data_dir) / "cache" / f"{info.name}-{split}"
+    images = decode_once(source, chosen, size, info.channels, cache)
+    labels, groups = (
+        None if x is None else x[chosen].astype(np.int64) for x in (source.labels, source.groups)
+    )
+    return Split(images, labels, groups, source.class_names)
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 (B, C, H, W) -> float32 in [-1, 1]."""
+    """uint8 (B, C, H, W) -> float32 in [-1, 1]: x / 127.5 - 1."""
     return images.float() / 127.5 - 1.0
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """The inverse of `to_float`: float (B, C, H, W), clipped to [-1, 1] -> uint8, rounded."""
+    """Float (B, C, H, W), clipped to [-1, 1] -> uint8, rounded: the inverse of `to_float`."""
     return ((images.float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
 
 
+@lru_cache(maxsize=2)  # every step of an epoch asks for the same one
+def permutation(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mix_seed(seed, epoch)))
+
+
 def permutation_stream(n: int, start: int, count: int, seed: int) -> Tensor:
-    """Entries start .. start + count - 1 of an endless stream of permutations of range(n) -> int64
-    (count,). A pure function, so that nothing has to be saved to resume it."""
-    parts = []
-    while count > 0:
-        epoch, offset = divmod(start, n)
-        generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
-        part = torch.randperm(n, generator=generator)[offset : offset + count]
-        parts.append(part)
-        start, count = start + len(part), count - len(part)
-    return torch.cat(parts)
+    """Entries start .. start + count - 1 of one endless stream of permutations of range(n), int64
+    (count,). A pure function: a resumed run has nothing to restore. n may be below count."""
+    first, last = start // n, (start + count) // n
+    stream = torch.cat([permutation(n, seed, epoch) for epoch in range(first, last + 1)])
+    return stream[start - first * n :][:count]
 
 
 class Batches:
-    """Batches of a uint8 array (N, C, S, S) on a device, as float32 in [-1, 1].
+    """Batches of uint8 images (N, C, S, S) as float32 in [-1, 1] on a device.
 
-    The array moves to the device once if it fits there (in half of a GPU's free memory); otherwise
-    each batch is copied.
+    The images move there once if they fit (into half of a GPU's free memory), still as uint8:
+    then a step copies nothing from the host. Otherwise each batch is copied.
     """
 
     def __init__(
         self, images: np.ndarray, batch_size: int, seed: int, device: torch.device, flip: bool
     ):
         self.batch_size, self.seed, self.device, self.flip = batch_size, seed, device, flip
-        self.images: Tensor | np.ndarray = images
-        self.count = len(images)
-        if isinstance(images, np.memmap):
-            return  # stays on disk: pages are read as batches need them
-        fits = device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] // 2
-        self.images = torch.tensor(images, device=device) if fits else images
+        with warnings.catch_warnings():  # torch warns of read-only arrays; these are never written
+            warnings.simplefilter("ignore", UserWarning)
+            self.images = torch.from_numpy(images)
+        if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] // 2:
+            self.images = self.images.to(device)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.images)
 
     def __call__(self, step: int, flips: Tensor | None = None, part: slice = slice(None)) -> Tensor:
-        """Batch number `step` -> (b, C, S, S): `part` of its images, mirrored where flips (B,)."""
-        index = permutation_stream(self.count, step * self.batch_size, self.batch_size, self.seed)
-        index = index[part]
-        if isinstance(self.images, Tensor):
-            x = self.images[index.to(self.device)]
-        else:
-            x = torch.from_numpy(self.images[index.numpy()]).to(self.device)
+        """`part` of batch number `step` -> float32 (b, C, S, S), mirrored left-right where flips,
+        bool (B,) on the device, says so (and the set allows it)."""
+        index = permutation_stream(len(self), step * self.batch_size, self.batch_size, self.seed)
+        x = self.images[index[part].to(self.images.device)].to(self.device)
         x = to_float(x)
         if self.flip and flips is not None:
-            x = torch.where(flips[part].view(-1, 1, 1, 1), x.flip(3), x)
+            x = torch.where(flips[part, None, None, None], x.flip(-1), x)
         return x
 
 
 def save_grid(rows: Tensor, path: Path, columns: int, scale: int = 1) -> None:
-    """Images (N, C, H, W), uint8 or float in [-1, 1], as one PNG: `columns` a row, 2 pixels of white
-    between, each pixel drawn scale x scale."""
+    """Images (N, C, H, W), uint8 or float in [-1, 1], as one PNG: `columns` a row, 2 white pixels
+    between them, each pixel drawn scale x scale."""
     images = rows if rows.dtype == torch.uint8 else to_uint8(rows)
-    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3).cpu()
-    n, c, h, w = images.shape
-    lines = -(-n // columns)
+    images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    n, _, h, w = images.shape
+    lines = math.ceil(n / columns)
     page = np.full((lines * (h + 2) - 2, columns * (w + 2) - 2, 3), 255, np.uint8)
-    for i, image in enumerate(images.expand(n, 3, h, w).permute(0, 2, 3, 1).numpy()):
-        y, x = i // columns * (h + 2), i % columns * (w + 2)
+    for k, image in enumerate(images.expand(n, 3, h, w).permute(0, 2, 3, 1).numpy()):
+        y, x = k // columns * (h + 2), k % columns * (w + 2)
         page[y : y + h, x : x + w] = image
-    temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(page).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with written_whole(Path(path)) as temporary:
+        Image.fromarray(page).save(temporary, format="PNG")

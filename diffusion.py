@@ -2,7 +2,7 @@
 
     q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)                           (Eq. 3.2)  q_sample
     L = E || eps - eps_theta(x_t, t, v_t) ||^2,  v_t = Encoder(x_0, t)           (Eq. 4.6)  eps_loss
-    x_0-hat = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)                                   predict_x0
+    x_0-hat = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)                                 predict_x0
 
 (Eq. 3.2 of the paper prints the standard deviation where N(., .) takes the variance.) Time t is an
 integer in 0..999: t = 0 is the first, faintest noise, and a clean image has no t at all (abar = 1).

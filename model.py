@@ -117,7 +117,7 @@ PRESETS: dict[str, dict[int, Preset]] = {
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
-    """Embed times as cosines and sines of `width / 2` frequencies: t (B,) -> (B, width), float64."""
+    """Embed times as cosines and sines of `width / 2` frequencies, t (B,) -> (B, width), fp64."""
     half = width // 2
     exponent = torch.arange(half, device=t.device, dtype=torch.float64) / half
     angles = t[:, None] * MAX_PERIOD**-exponent

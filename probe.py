@@ -8,12 +8,12 @@
 Each image is encoded once for each t; then the heads of all t are trained in one batched product.
 A head is Linear(1024, K) under AdamW; head 0 of each t sees all training images and gives `top1`,
 the others leave out a fold and give `held_out`, the accuracy on what they did not see. t is chosen
-by `held_out`, which never looks at a test label; the paper reports the best t on the test set, which
-stands here as `oracle`.
+by `held_out`, which never looks at a test label; the paper reports the best t on the test set,
+which stands here as `oracle`.
 
 probe.json: rows [{t, top1, top5, knn, held_out}] (top5 null for 10 classes or fewer; top1_std with
 --seeds), chosen_t, test_top1, oracle_t, oracle_top1, floors {pixels, untrained, random}, n_test,
-protocol, run. Accuracies in percent. Flags that leave the standard protocol write probe-SUFFIX.json.
+protocol, run. Accuracies in percent. Other protocols write probe-SUFFIX.json.
 
 Shapes: N images, B batch, V = 1024, K classes, S number of t, H heads of one t.
 """
@@ -152,8 +152,8 @@ def train_heads(
     """Train all heads at once: features (S, N, V), labels (N,), folds (N,) in -1 .. F - 1
     -> weights (S, V, H * K) and biases (S, 1, H * K), H = 1 + F.
 
-    Head 0 learns from every image, head f + 1 from those outside fold f: a mask on the loss, so that
-    one gather and one product serve them all. After the last epoch, never the best of them.
+    Head 0 learns from every image, head f + 1 from those outside fold f: a mask on the loss, so
+    that one gather and one product serve them all. After the last epoch, never the best of them.
     """
     s, n, width = features.shape
     heads = 2 + int(folds.max())
@@ -205,8 +205,8 @@ def head_ranks(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, k
 
 @torch.no_grad()
 def knn_accuracy(train: Tensor, test: Tensor, y_train: Tensor, y_test: Tensor, k: int) -> float:
-    """Percent of test images (N, V) whose 20 nearest training images by cosine vote for their class;
-    of equal votes the lowest class wins."""
+    """Percent of test images (N, V) whose 20 nearest training images by cosine vote for their
+    class; of equal votes the lowest class wins."""
     train = F.normalize(train, dim=1)
     hits = 0
     for x, y in zip(test.split(1000), y_test.split(1000)):
@@ -437,8 +437,8 @@ def result_path(run: Path, args: argparse.Namespace) -> Path:
 
 
 def merge_rows(path: Path, rows: list[dict], protocol: dict) -> list[dict]:
-    """Old rows of other t join where checkpoint and protocol are the same; else the old file is kept
-    as probe-STEP.json."""
+    """Old rows of other t join where checkpoint and protocol are the same; else the old file is
+    kept as probe-STEP.json."""
     if not path.exists():
         return rows
     old = json.loads(path.read_text())
@@ -471,15 +471,14 @@ def print_table(result: dict[str, Any], n_train: int, path: Path) -> None:
     print(f"  95% interval {lower:.2f} to {upper:.2f} ({n:,} test images)")
     print(f"oracle t = {result['oracle_t']} (best on the test set, as the paper reports): "
           f"{result['oracle_top1']:.2f}%")  # fmt: skip
-    floors = result["floors"]
-    print(f"floors: raw pixels {floors['pixels']:.2f}, untrained encoder {floors['untrained']:.2f}, "
-          f"random encoder {floors['random']:.2f}")  # fmt: skip
+    floors = ", ".join(f"{kind} {top1:.2f}" for kind, top1 in result["floors"].items())
+    print(f"floors: {floors}")
     p = result["protocol"]
     print(
         f"protocol: {p['weights']} weights at step {p['step']:,}, features norm {p['norm']}, AdamW "
-        f"lr {p['lr']:g} decay {WEIGHT_DECAY}, batch {p['batch_size']}, {p['epochs']} epochs (warm-up "
-        f"{WARMUP}, linear to 0), {n_train:,} training images, held-out {p['held_out']}, "
-        f"{p['seeds']} seed(s); bars from {min(r['top1'] for r in result['rows']) - 1:.1f}%"
+        f"lr {p['lr']:g} decay {WEIGHT_DECAY}, batch {p['batch_size']}, {p['epochs']} epochs "
+        f"(warm-up {WARMUP}, linear to 0), {n_train:,} training images, held-out {p['held_out']}, "
+        f"{p['seeds']} seed(s); bars from {low:.1f}%"
     )
     print(f"saved: {path}")
 

@@ -6,8 +6,8 @@
     python train.py --run mnist --resume          go on after Ctrl-C or a crash, bit for bit
     python train.py --data mnist --dry-run        show every resolved value, train nothing
 
-One step (Eq. 4.6): draw t and eps, make x_t, predict eps from x_t, t and v_t = Encoder(x_0, t), take
-the squared error, clip, Adam, EMA. The loop is `train`, and the step is `training_step`.
+One step (Eq. 4.6): draw t and eps, make x_t, predict eps from x_t, t and v_t = Encoder(x_0, t),
+take the squared error, clip, Adam, EMA. The loop is `train`, and the step is `training_step`.
 
 What a run leaves in runs/NAME/, and what others may read:
 - config.json: every resolved flag;
@@ -67,7 +67,7 @@ def fail(message: str) -> NoReturn:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" -> cuda if there is one, else cpu; a name that does not work here ends the program."""
+    """The device of that name, "auto" being cuda if there is one; exits where it does not work."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -216,7 +216,7 @@ def new_run(data: str) -> Path:
 
 
 def find_run(name: str | None, method: str = "dier") -> Path:
-    """The run that --run names, or the newest of `method`; exits with one line where there is none."""
+    """The run that --run names, or the newest of `method`; exits where there is none."""
     if name is not None:
         path = run_path(name)
         if not (path / "checkpoint.pt").exists():
@@ -322,8 +322,8 @@ class Window:
 
 
 def draw(seed: int, step: int, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """t (B,), flips (B,) and eps `shape` of one step, a pure function of (seed, step): a resumed run
-    sees what it would have seen. Dropout uses the default generators, which are reseeded too."""
+    """t (B,), flips (B,) and eps `shape` of one step, a pure function of (seed, step): a resumed
+    run sees what it would have seen. Dropout uses the default generators, which are reseeded too."""
     generator = torch.Generator(device).manual_seed(mix_seed(seed, step))
     t = torch.randint(T, shape[:1], generator=generator, device=device)
     flips = torch.rand(shape[:1], generator=generator, device=device) < 0.5
@@ -632,9 +632,9 @@ def describe_run(settings: dict, counts: dict[str, int], run: Path, auto: bool) 
 def run_training(settings: dict, state_dict: dict | None, run: Path) -> dict[str, Any]:
     """Load the data, build or restore the state, train; returns steps, images, seconds, loss."""
     device = torch.device(settings["device"])
-    if settings["compile"] and device.type == "cpu":
-        if not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")):
-            fail("--compile needs a C++ compiler on a CPU: install g++, or leave --compile out")
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    if settings["compile"] and device.type == "cpu" and not any(map(shutil.which, compilers)):
+        fail("--compile needs a C++ compiler on a CPU: install g++, or leave --compile out")
     split = load(
         settings["data"], "train", settings["size"], Path(settings["data_dir"]),
         settings["limit"], settings["seed"],
