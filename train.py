@@ -323,7 +323,7 @@ class Window:
 
 def draw(seed: int, step: int, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
     """t (B,), flips (B,) and eps `shape` of one step, a pure function of (seed, step): a resumed
-    run sees what it would have seen. Dropout uses the default generators, which are reseeded too."""
+    run sees what it would have seen. Dropout uses the default generators, reseeded here too."""
     generator = torch.Generator(device).manual_seed(mix_seed(seed, step))
     t = torch.randint(T, shape[:1], generator=generator, device=device)
     flips = torch.rand(shape[:1], generator=generator, device=device) < 0.5
