@@ -22,6 +22,7 @@ import argparse
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,20 @@ def raw_pixels(images: np.ndarray) -> Tensor:
     return torch.cat(parts)[None]
 
 
-def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Subtract the training mean and divide by the training std, for each t and feature, in place:
-    (S, N, V) -> train, test, mean (S, V), std (S, V). This is the batch norm of MAE's probe."""
-    mean, std = train.mean(1), train.std(1, correction=0)
-    safe = torch.where(std > 1e-6, std, 1.0)  # a constant feature stays 0, not 0 / 0
-    for features in (train, test):
-        features.sub_(mean[:, None]).div_(safe[:, None])
-    return train, test, mean, std
+def moments(train: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std over the images, (S, N, V) -> (S, V) each."""
+    return train.mean(1), train.std(1, correction=0)
+
+
+def normalise(features: list[Tensor], norm: str) -> list[Tensor]:
+    """[train (S, N, V), test (S, M, V)], changed in place: with norm "std" both lose the training
+    mean and are divided by the training std, the batch norm of MAE's probe; "none" keeps them."""
+    if norm == "std":
+        mean, std = moments(features[0])
+        std = torch.where(std > 1e-6, std, 1.0)  # a constant feature becomes 0, not 0 / 0
+        for part in features:
+            part.sub_(mean[:, None]).div_(std[:, None])
+    return features
 
 
 # ---------------------------------------------------------------------------- folds
@@ -216,39 +223,42 @@ def knn_accuracy(train: Tensor, test: Tensor, y_train: Tensor, y_test: Tensor, k
     return 100.0 * hits / len(test)
 
 
-def probe_features(
-    train: Tensor,
-    test: Tensor,
-    y_train: Tensor,
-    y_test: Tensor,
-    folds: Tensor,
-    classes: int,
-    settings: dict[str, Any],
-) -> list[dict[str, float | None]]:
-    """Train and score the heads of features (S, N, V): for each t top1, top5, held_out in percent,
-    and top1_std over the seeds where there are several."""
-    runs = []
-    for seed in range(settings["seeds"]):
-        weight, bias = train_heads(
-            train, y_train, folds, classes, settings["epochs"], settings["lr"],
-            settings["batch_size"], seed,
-        )  # fmt: skip
-        ranks = head_ranks(test, y_test, weight, bias, classes)[:, 0]  # (S, N): the full head
-        top1 = 100 * (ranks == 0).double().mean(1)
-        top5 = 100 * (ranks < 5).double().mean(1)
-        seen = head_ranks(train, y_train, weight, bias, classes)  # (S, H, N)
-        held = folds >= 0
-        own = seen[:, 1:][:, folds[held], held.nonzero()[:, 0]]  # (S, held-out images)
-        runs.append(torch.stack([top1, top5, 100 * (own == 0).double().mean(1)]))
-    stacked = torch.stack(runs)  # (seeds, 3, S)
-    mean, rows = stacked.mean(0), []
-    for s in range(len(train)):
-        row = {"top1": mean[0, s].item(), "top5": mean[1, s].item() if classes > 10 else None}
-        row["held_out"] = mean[2, s].item()
-        if settings["seeds"] > 1:
-            row["top1_std"] = stacked[:, 0, s].std().item()
-        rows.append(row)
-    return rows
+@dataclass
+class Task:
+    """What stays the same for every set of features: labels, folds, and how heads are trained."""
+
+    y_train: Tensor  # (N,)
+    y_test: Tensor  # (M,)
+    folds: Tensor  # (N,), -1 .. F - 1
+    classes: int
+    epochs: int
+    lr: float
+    batch_size: int
+    seeds: int
+
+    def evaluate(self, train: Tensor, test: Tensor) -> list[dict[str, float | None]]:
+        """Train and score the heads of features (S, N, V) and (S, M, V): for each t top1, top5
+        (None up to 10 classes), held_out, in percent; top1_std where there are several seeds."""
+        runs = []
+        for seed in range(self.seeds):
+            weight, bias = train_heads(
+                train, self.y_train, self.folds, self.classes, self.epochs, self.lr,
+                self.batch_size, seed,
+            )  # fmt: skip
+            ranks = head_ranks(test, self.y_test, weight, bias, self.classes)[:, 0]  # (S, M)
+            seen = head_ranks(train, self.y_train, weight, bias, self.classes)  # (S, H, N)
+            held = self.folds >= 0
+            own = seen[:, 1:][:, self.folds[held], held.nonzero()[:, 0]]  # by the head of its fold
+            hits = [ranks == 0, ranks < 5, own == 0]
+            runs.append(torch.stack([100 * hit.double().mean(1) for hit in hits]))
+        stacked = torch.stack(runs)  # (seeds, 3, S)
+        rows = []
+        for top1, top5, held_out in stacked.mean(0).T.tolist():
+            top5 = top5 if self.classes > 10 else None
+            rows.append({"top1": top1, "top5": top5, "held_out": held_out})
+            if self.seeds > 1:
+                rows[-1]["top1_std"] = stacked[:, 0, len(rows) - 1].std().item()
+        return rows
 
 
 def choose(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
@@ -358,46 +368,37 @@ def main(argv: list[str] | None = None) -> None:
     y_train, y_test = (torch.from_numpy(split.labels).to(device) for split in splits)
     classes, n_test = len(splits[0].class_names), len(y_test)
     folds = torch.from_numpy(make_folds(len(y_train), splits[0].groups, 0)).to(device)
-    heads = {"epochs": args.epochs, "batch_size": args.batch_size, "seeds": args.seeds}
-    heads["lr"] = args.lr or (2e-5 if settings["row"] == 256 else 2e-4)
+    lr = args.lr or (2e-5 if settings["row"] == 256 else 2e-4)
+    task = Task(y_train, y_test, folds, classes, args.epochs, lr, args.batch_size, args.seeds)
     protocol = {
-        **heads, "norm": args.norm, "weights": args.weights, "data": name, "limit": args.limit,
+        "epochs": args.epochs, "lr": lr, "batch_size": args.batch_size, "seeds": args.seeds,
+        "norm": args.norm, "weights": args.weights, "data": name, "limit": args.limit,
         "held_out": "a tenth" if len(y_train) >= FEW else "5-fold", "step": step,
     }  # fmt: skip
 
-    def score(features: list[Tensor], with_knn: bool) -> list[dict[str, Any]]:
-        mean = std = None
-        if args.norm == "std":
-            *features, mean, std = standardise(*features)
-        rows = probe_features(*features, y_train, y_test, folds, classes, heads)
-        for row, a, b in zip(rows, *features):
-            row["knn"] = knn_accuracy(a, b, y_train, y_test, classes) if with_knn else None
-        score.stats = mean, std
-        return rows
-
     def encode_both(encoder: Encoder, at: list[int], what: str) -> list[Tensor]:
-        encoder.to(device)
         parts = zip(images, ("train", "test"))
-        return [encode(encoder, x, at, device, amp, f"{s}, {what}") for x, s in parts]
+        return [encode(encoder.to(device), x, at, device, amp, f"{s}, {what}") for x, s in parts]
 
     model = DiER(model_config(settings))
     model.load_state_dict(state["ema" if args.weights == "ema" else "model"])
     print(f"run {run}, step {step:,}: {name}, {len(y_train):,} + {n_test:,} images, {device}")
     features = encode_both(model.encoder, times, "v_t")
     if args.export:
-        kept = torch.cat(features, dim=1).half().cpu().numpy()
-    rows = score(features, with_knn=True)
-    rows = [{"t": t, **row} for t, row in zip(times, rows)]
-    if args.export:
-        export(args.export, kept, times, y_train, y_test, score.stats, run)
+        export(args.export, features, times, task, run)
+    features = normalise(features, args.norm)
+    rows = [{"t": t, **row} for t, row in zip(times, task.evaluate(*features))]
+    for row, *both in zip(rows, *features):
+        row["knn"] = knn_accuracy(*both, y_train, y_test, classes)
     del features
     path = result_path(run, args)
     rows = merge_rows(path, rows, protocol)
     chosen, oracle = choose(rows, "held_out"), choose(rows, "top1")
-    floors = {"pixels": score([raw_pixels(x) for x in images], False)[0]["top1"]}
+    sources = {"pixels": [raw_pixels(x).to(device) for x in images]}
     for kind in ("untrained", "random"):
         encoder = untrained_encoder(settings, kind == "random")
-        floors[kind] = score(encode_both(encoder, [chosen["t"]], kind), False)[0]["top1"]
+        sources[kind] = encode_both(encoder, [chosen["t"]], kind)
+    floors = {k: task.evaluate(*normalise(f, args.norm))[0]["top1"] for k, f in sources.items()}
     result = {
         "rows": rows, "chosen_t": chosen["t"], "test_top1": chosen["top1"],
         "oracle_t": oracle["t"], "oracle_top1": oracle["top1"], "floors": floors,
@@ -408,16 +409,22 @@ def main(argv: list[str] | None = None) -> None:
     print_table(result, len(y_train), path)
 
 
-def export(path: Path, features: np.ndarray, times, y_train, y_test, stats, run: Path) -> None:
-    """Write the features as they come from the encoder, in half precision, train before test."""
-    mean, std = (np.zeros(0) if s is None else s.cpu().numpy() for s in stats)
-    labels = torch.cat([y_train, y_test]).cpu().numpy()
-    split = np.repeat([0, 1], [len(y_train), len(y_test)])
+def export(path: Path, features: list[Tensor], times: list[int], task: Task, run: Path) -> None:
+    """Write the features as they come from the encoder, in half precision, train before test, with
+    the mean and std (S, V) of the training part."""
+    mean, std = moments(features[0])
+    arrays = {
+        "features": torch.cat(features, dim=1).half(),
+        "labels": torch.cat([task.y_train, task.y_test]),
+        "split": torch.arange(2).repeat_interleave(
+            torch.tensor([len(task.y_train), len(task.y_test)])
+        ),
+        "t": torch.tensor(times), "mean": mean, "std": std,
+    }  # fmt: skip
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            np.savez(file, features=features, labels=labels, split=split, t=np.array(times),
-                     mean=mean, std=std, run=str(run))  # fmt: skip
+            np.savez(file, run=str(run), **{k: v.cpu().numpy() for k, v in arrays.items()})
 
     write_atomic(path, write)
     print(f"features: {path}")

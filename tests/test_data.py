@@ -438,6 +438,14 @@ def test_test_wins_over_val(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "train/"])
+def test_a_loose_image_beside_class_folders_has_no_class_and_is_left_out(tmp_path, prefix):
+    write(tmp_path, classes(5, prefix) | {f"{prefix}cover.png": flat(99)})
+    splits = [load(str(tmp_path), split, 8, tmp_path) for split in ("train", "test")]
+    assert [split.labels.tolist() for split in splits] == [[0] * 4 + [1] * 4, [0, 1]]
+    assert all(99 not in split.images for split in splits) and describe(str(tmp_path)).classes == 2
+
+
+@pytest.mark.parametrize("prefix", ["", "train/"])
 def test_an_80_20_split_is_disjoint_complete_deterministic_and_within_class(tmp_path, prefix):
     write(tmp_path, classes(10, prefix))
     splits = [load(str(tmp_path), s, 8, tmp_path, seed=s == "test") for s in ("train", "test")]

@@ -13,7 +13,6 @@ import probe
 import train
 
 SETTINGS = {"epochs": 30, "lr": 1e-2, "batch_size": 64, "seeds": 1}
-NEVER = torch.full((400,), -1)
 
 
 def blobs(n, classes=4, width=16, seed=0, times=2):
@@ -26,7 +25,7 @@ def blobs(n, classes=4, width=16, seed=0, times=2):
 
 def fit(x, y, x_test, y_test, folds=None, classes=4, **change):
     folds = torch.from_numpy(probe.make_folds(len(y), None, 0)) if folds is None else folds
-    return probe.probe_features(x, x_test, y, y_test, folds, classes, {**SETTINGS, **change})
+    return probe.Task(y, y_test, folds, classes, **{**SETTINGS, **change}).evaluate(x, x_test)
 
 
 def test_separable_features_reach_100_and_labels_without_a_pattern_chance():
@@ -120,15 +119,17 @@ def test_knn_against_numpy():
     assert probe.knn_accuracy(*tensors, 3) == pytest.approx(100 * hits / 40)
 
 
-def test_standardise_uses_the_training_set_alone():
+def test_normalise_uses_the_training_set_alone():
     x, x_test = torch.randn(2, 500, 3) * 0.02 + 5, torch.randn(2, 50, 3)
     x[:, :, 2] = 1.0  # constant
     before = x_test.clone()
-    a, b, mean, std = probe.standardise(x.clone(), x_test.clone())
+    mean, std = probe.moments(x)
+    a, b = probe.normalise([x.clone(), x_test.clone()], "std")
     assert a.mean(1).abs().max() < 1e-3 and torch.allclose(
         a.std(1)[:, :2], torch.ones(2, 2), atol=0.01
     )
-    assert torch.isfinite(b).all()
+    assert torch.isfinite(b).all() and a[:, :, 2].abs().max() < 1e-3
+    assert torch.equal(probe.normalise([x.clone(), x_test], "none")[0], x)
     assert torch.allclose(b[0, :, 0], (before[0, :, 0] - mean[0, 0]) / std[0, 0], atol=1e-4)
 
 
