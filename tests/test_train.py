@@ -345,7 +345,7 @@ def test_both_scripts_as_a_user_runs_them(folder, tmp_path):
     )
     done = script("probe.py", "--t", "400", "--epochs", "20", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "chosen t = 400" in done.stdout and "raw pixels 100.00" in done.stdout
+    assert "chosen t = 400" in done.stdout and "floors: pixels 100.00" in done.stdout
 
 
 def test_no_run_yet(tmp_path):
