@@ -310,7 +310,7 @@ def draw_glyphs(split: str) -> Source:
     """10,000 train or 2,000 test digits in Pillow's font, uint8 (N, 1, 28, 28), white on black.
 
     Each is scaled, rotated, sheared, shifted, drawn thin or bold, dimmed and covered with noise, so
-    that pixels alone do not tell them apart. The recipe was fixed before anything was trained.
+    that pixels alone do not tell them apart. The recipe was fixed by raw pixels alone.
     """
     n, side, big = {"train": 10_000, "test": 2_000}[split], 28, 28 * 3  # drawn at 3 x, averaged
     rng = np.random.default_rng([0, split == "train"])
