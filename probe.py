@@ -33,8 +33,9 @@ from torch import Tensor
 
 from data import Split, load, mix_seed, to_float
 from diffusion import T
+from files import written_whole
 from model import DiER, Encoder
-from train import (
+from runs import (
     Parser,
     Progress,
     count,
@@ -47,7 +48,6 @@ from train import (
     read_checkpoint,
     run_main,
     whole,
-    write_atomic,
 )
 
 TIMES = [*range(0, T, 100), T - 1]  # Sec. A.2: "11 times at intervals of 100 ... from 0 to 999"
@@ -405,7 +405,8 @@ def main(argv: list[str] | None = None) -> None:
         "n_test": n_test, "protocol": protocol, "run": str(run),
     }  # fmt: skip
     text = json.dumps(result, indent=1) + "\n"
-    write_atomic(path, lambda temporary: temporary.write_text(text))
+    with written_whole(path) as temporary:
+        temporary.write_text(text)
     print_table(result, len(y_train), path)
 
 
@@ -422,11 +423,8 @@ def export(path: Path, features: list[Tensor], times: list[int], task: Task, run
         "t": torch.tensor(times), "mean": mean, "std": std,
     }  # fmt: skip
 
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez(file, run=str(run), **{k: v.cpu().numpy() for k, v in arrays.items()})
-
-    write_atomic(path, write)
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, run=str(run), **{k: v.cpu().numpy() for k, v in arrays.items()})
     print(f"features: {path}")
 
 

@@ -25,245 +25,42 @@ import math
 import os
 import shutil
 import signal
-import sys
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from data import INFOS, Batches, DataError, describe, load, mix_seed
+from data import Batches, load, mix_seed
 from diffusion import T, alphas_cumprod, eps_loss, q_sample
-from model import PRESETS, DiER, ModelConfig, count_parameters
+from files import written_whole
+from model import PRESETS, DiER
+from runs import (
+    Parser,
+    Progress,
+    clock,
+    count,
+    cut_log,
+    fail,
+    find_run,
+    fraction,
+    model_config,
+    new_run,
+    not_negative,
+    parameter_counts,
+    pick_amp,
+    positive,
+    read_checkpoint,
+    resolve,
+    resolve_resume,
+    run_main,
+    run_path,
+    whole,
+)
+from sets import INFOS
 
-RUNS = Path("runs")
 SAVE_SECONDS = 60.0  # a crash costs at most this much training
-GLYPHS_MINUTES = 3.5  # the embedded set is the five-minute tour
-# A resumed run keeps these from its checkpoint; the others may change.
-FIXED = [
-    "data",
-    "preset",
-    "seed",
-    "batch_size",
-    "lr",
-    "ema",
-    "clip",
-    "flip",
-    "size",
-    "limit",
-    "model",
-]
-
-
-def fail(message: str) -> NoReturn:
-    """Print one line and leave with status 2: the way every command reports bad input."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-# ---------------------------------------------------------------------------- settings
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name, "auto" being cuda if there is one; exits where it does not work."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name} does not work here ({str(error).splitlines()[0]}); use --device cpu")
-    return device
-
-
-def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast, None for fp32 throughout.
-
-    "auto" is bf16 where the hardware multiplies it natively (emulated bf16 is up to a hundred times
-    slower than fp32 on a CPU), else fp16 on CUDA and fp32 on a CPU.
-    """
-    if name != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    native = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16")
-    return torch.bfloat16 if native else None
-
-
-def parse_model(text: str) -> dict[str, Any]:
-    """ "hidden=128,mult=1,2,4" -> {"hidden": 128, "mult": (1, 2, 4)}: a part without = belongs to
-    the key before it."""
-    values: dict[str, list[int]] = {}
-    key = None
-    for part in filter(None, text.split(",")):
-        name, equals, number = part.rpartition("=")
-        key = name if equals else key
-        known = ModelConfig.__dataclass_fields__.keys() - {"size", "channels", "dropout"}
-        if key not in known:
-            fail(f"--model {text}: {key or part!r} is not one of {', '.join(sorted(known))}")
-        if not number.isdecimal() or int(number) == 0:
-            fail(f"--model {text}: {number!r} is not a whole number above 0")
-        values.setdefault(key, []).append(int(number))
-    lists = {"mult", "attention"}
-    for key, numbers in values.items():
-        if key not in lists and len(numbers) > 1:
-            fail(f"--model {text}: {key} takes one number")
-    return {k: tuple(n) if k in lists else n[0] for k, n in values.items()}
-
-
-def resolve(args: argparse.Namespace) -> dict[str, Any]:
-    """Every setting of a run as plain values: what the user gave, else the preset's value."""
-    info = describe(args.data)
-    device = pick_device(args.device)
-    name = args.preset
-    if name == "auto":
-        name = "paper" if device.type == "cuda" else "cpu"
-    preset = PRESETS[name][info.side]
-    given = {"size": args.size, "dropout": args.dropout, **parse_model(args.model)}
-    given = {k: v for k, v in given.items() if v is not None}
-    try:
-        model = replace(preset.model, channels=info.channels, **given)
-    except ValueError as error:
-        fail(str(error))
-    epochs, minutes = args.epochs, args.minutes
-    if epochs is None and minutes is None:
-        epochs, minutes = preset.epochs, preset.minutes
-        if info.name == "glyphs" and minutes:
-            minutes = GLYPHS_MINUTES
-    amp = pick_amp(args.amp, device)
-    return {
-        "method": "dier",
-        "data": args.data,
-        "data_dir": str(args.data_dir),
-        "channels": info.channels,
-        "classes": info.classes,
-        "size": model.size,
-        "preset": name,
-        "row": info.side,
-        "model": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(model).items()},
-        "batch_size": args.batch_size or preset.batch_size,
-        "lr": preset.lr if args.lr is None else args.lr,
-        "epochs": epochs,
-        "minutes": minutes,
-        "ema": preset.ema if args.ema is None else args.ema,
-        "clip": preset.clip if args.clip is None else args.clip,
-        "flip": info.flip if args.flip is None else args.flip,
-        "limit": args.limit,
-        "seed": args.seed,
-        "device": str(device),
-        "amp": "off" if amp is None else "bf16" if amp == torch.bfloat16 else "fp16",
-        "compile": args.compile,
-    }
-
-
-def resolve_resume(args: argparse.Namespace, saved: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a resumed run: the checkpoint's, with what may change taken from args."""
-    if args.data is None:
-        args.data = saved["data"]
-    if args.seed is None:
-        args.seed = saved["seed"]
-    given = {k: getattr(args, k) for k in FIXED if k != "model"}
-    if args.model:
-        given["model"] = {**saved["model"], **resolve(args)["model"]}
-    given["dropout"] = args.dropout
-    for key, value in given.items():
-        old = saved["model"]["dropout"] if key == "dropout" else saved[key]
-        if value not in (None, "auto", old) and not (key == "limit" and value == 0):
-            fail(
-                f"--{key.replace('_', '-')} {value} differs from the checkpoint's {old}; leave it "
-                f"out to go on, or start a new run without --resume"
-            )
-    device = pick_device(args.device)
-    amp = pick_amp(args.amp, device)
-    now = {"device": str(device), "data_dir": str(args.data_dir), "compile": args.compile}
-    now["amp"] = "off" if amp is None else "bf16" if amp == torch.bfloat16 else "fp16"
-    if args.epochs is not None or args.minutes is not None:
-        now |= {"epochs": args.epochs, "minutes": args.minutes}
-    return {**saved, **now}
-
-
-def model_config(settings: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig that config.json and checkpoints hold as plain values."""
-    return ModelConfig(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in settings["model"].items()}
-    )
-
-
-def parameter_counts(settings: dict[str, Any]) -> dict[str, int]:
-    """Trainable parameters {dit, encoder}, counted on the meta device: nothing is allocated."""
-    with torch.device("meta"):
-        model = DiER(model_config(settings))
-    return {"dit": count_parameters(model.dit), "encoder": count_parameters(model.encoder)}
-
-
-# ---------------------------------------------------------------------------- runs on disk
-
-
-def run_path(name: str) -> Path:
-    """A run's folder from --run: a path where it has a separator or exists, else runs/NAME."""
-    path = Path(name)
-    return path if path.name != name or (path / "checkpoint.pt").exists() else RUNS / name
-
-
-def new_run(data: str) -> Path:
-    """The first free one of runs/mnist, runs/mnist-2, ..."""
-    stem = Path(data).name or "run"
-    names = (stem if n == 1 else f"{stem}-{n}" for n in range(1, 10_000))
-    return next(RUNS / name for name in names if not (RUNS / name).exists())
-
-
-def find_run(name: str | None, method: str = "dier") -> Path:
-    """The run that --run names, or the newest of `method`; exits where there is none."""
-    if name is not None:
-        path = run_path(name)
-        if not (path / "checkpoint.pt").exists():
-            fail(f"no checkpoint in {path}: start with python train.py --run {name}")
-        return path
-    found = []
-    for checkpoint in RUNS.glob("*/checkpoint.pt"):
-        config = checkpoint.with_name("config.json")
-        if config.exists() and json.loads(config.read_text()).get("method") == method:
-            found.append(checkpoint)
-    if not found:
-        fail(f"no run in {RUNS}/: start with python train.py")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
-
-
-def read_checkpoint(run: Path) -> dict[str, Any]:
-    """The checkpoint of a run, on the CPU; exits with one line where it cannot be read."""
-    path = run / "checkpoint.pt"
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types on a damaged file
-        reason = str(error).splitlines()[0][:120]
-        fail(f"{path} cannot be read ({reason}): delete the folder {run} and train again")
-
-
-def write_atomic(path: Path, write) -> None:
-    """write(temporary path), then rename: a reader sees the old file or the new, never a half."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def cut_log(path: Path, step: int) -> None:
-    """Drop rows after `step` and a torn last line, so that a resumed log has no row twice."""
-    if not path.exists():
-        return
-    keep = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                keep.append(line + "\n")
-        except ValueError:
-            break
-    write_atomic(path, lambda temporary: temporary.write_text("".join(keep)))
 
 
 # ---------------------------------------------------------------------------- the step
@@ -349,6 +146,7 @@ class TrainState:
     def __init__(self, settings: dict[str, Any], device: torch.device):
         torch.manual_seed(settings["seed"])
         self.settings, self.device, self.step = settings, device, 0
+        self.seconds = 0.0  # of training, over all invocations
         self.model = DiER(model_config(settings)).to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.params = list(self.model.parameters())
@@ -364,14 +162,15 @@ class TrainState:
     def save(self, run: Path) -> None:
         """Write checkpoint.pt, whole or not at all."""
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        state |= {"step": self.step, "settings": self.settings}
-        write_atomic(run / "checkpoint.pt", lambda temporary: torch.save(state, temporary))
+        state |= {"step": self.step, "seconds": self.seconds, "settings": self.settings}
+        with written_whole(run / "checkpoint.pt") as temporary:
+            torch.save(state, temporary)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take everything back from a checkpoint."""
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
-        self.step = state["step"]
+        self.step, self.seconds = state["step"], state["seconds"]
 
 
 def training_step(state: TrainState, x0: Tensor, t: Tensor, eps: Tensor) -> None:
@@ -400,13 +199,6 @@ def is_log_step(step: int) -> bool:
     return step <= 20 or step % 50 == 0
 
 
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 def check_finite(state: TrainState, run: Path) -> None:
     """End the run where a loss was not finite; the last good checkpoint stays."""
     bad = int(state.window.bad_step.item())
@@ -421,21 +213,6 @@ def check_finite(state: TrainState, run: Path) -> None:
     )
 
 
-class Progress:
-    """The progress line: rewritten in place on a terminal, a new line every 10 s in a file."""
-
-    def __init__(self) -> None:
-        self.last = -math.inf
-
-    def show(self, text: str, final: bool = False) -> None:
-        """Print `text`; final ends the line."""
-        if sys.stdout.isatty():
-            print(f"\r\033[K{text}", end="\n" if final else "", flush=True)
-        elif final or time.monotonic() - self.last > 10:
-            print(text, flush=True)
-            self.last = time.monotonic()
-
-
 def train(state: TrainState, batches: Batches, run: Path) -> float:
     """Train until the epochs or minutes of the settings are over; returns the seconds it took.
 
@@ -448,7 +225,7 @@ def train(state: TrainState, batches: Batches, run: Path) -> float:
     stop: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda *_: stop.append(1))
     start = saved = shown = time.monotonic()
-    first, seen, text = state.step, state.step, ""
+    first, seen, before, text = state.step, state.step, state.seconds, ""
     progress, log = Progress(), (run / "log.jsonl").open("a")
     state.model.train()
     now = start
@@ -456,11 +233,12 @@ def train(state: TrainState, batches: Batches, run: Path) -> float:
         t, flips, eps = draw(settings["seed"], state.step, shape, state.device)
         training_step(state, batches(state.step, flips), t, eps)
         now, step = time.monotonic(), state.step
+        state.seconds = before + now - start
         if is_log_step(step):
             check_finite(state, run)
             row = {"step": step, "epoch": step * batch / len(batches), "images": step * batch}
             rate = (step - seen) * batch / max(now - shown, 1e-9)
-            row |= {"seconds": now - start, **state.window.read()}
+            row |= {"seconds": state.seconds, **state.window.read()}
             row |= {"lr": settings["lr"], "images_per_s": rate}
             state.window.reset()
             log.write(json.dumps(row) + "\n")
@@ -486,46 +264,6 @@ def train(state: TrainState, batches: Batches, run: Path) -> float:
 
 
 # ---------------------------------------------------------------------------- command line
-
-
-def _number(kind: type, low: float, high: float, what: str):
-    """An argparse type: a number of `kind` with low <= value <= high."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text} is not {what}")
-        return value
-
-    return parse
-
-
-whole = _number(int, 1, math.inf, "a whole number above 0")
-count = _number(int, 0, math.inf, "a whole number, 0 or more")
-positive = _number(float, 1e-12, math.inf, "a number above 0")
-not_negative = _number(float, 0, math.inf, "a number, 0 or more")
-fraction = _number(float, 0, 1 - 1e-9, "in [0, 1)")
-
-
-def run_main(main) -> None:
-    """Run a script's main: data errors become one line and status 2, Ctrl-C status 130."""
-    try:
-        main()
-    except DataError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        print("stopped; nothing was changed", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message}; --help lists the flags")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -651,7 +389,8 @@ def run_training(settings: dict, state_dict: dict | None, run: Path) -> dict[str
     run.mkdir(parents=True, exist_ok=True)
     cut_log(run / "log.jsonl", state.step)
     config = json.dumps(settings, indent=1) + "\n"
-    write_atomic(run / "config.json", lambda temporary: temporary.write_text(config))
+    with written_whole(run / "config.json") as temporary:
+        temporary.write_text(config)
     if settings["compile"]:
         state.model.compile()
     print(f"{len(batches):,} training images of {settings['data']}", flush=True)

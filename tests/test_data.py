@@ -17,7 +17,10 @@ import torch
 from PIL import Image
 
 import data
-from data import Archive, Batches, DataError, describe, load, mix_seed, permutation_stream
+import sets
+from data import Batches, load, mix_seed, permutation_stream
+from files import Archive, DataError, progress
+from sets import describe
 
 RNG = np.random.default_rng(0)
 
@@ -130,7 +133,7 @@ def test_damaged_mnist_is_named(tmp_path, file, content, message):
 
 
 def test_a_gz_that_unpacks_beyond_the_limit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MAX_BYTES", 10_000)
+    monkeypatch.setattr("files.MAX_BYTES", 10_000)
     write(tmp_path / "mnist", {IMAGES: gzip.compress(idx(np.zeros((20, 28, 28)))), LABELS: b""})
     with pytest.raises(DataError, match="more than 10,000 bytes"):
         load("mnist", "train", 28, tmp_path)
@@ -514,17 +517,17 @@ def test_describe_touches_no_disk_for_a_known_name(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", None)
     monkeypatch.setattr(Path, "is_dir", None)
     monkeypatch.setattr("os.stat", None)
-    assert [describe(name) for name in data.INFOS] == list(data.INFOS.values())
+    assert [describe(name) for name in sets.INFOS] == list(sets.INFOS.values())
     assert [describe(n).side for n in ("glyphs", "tiny-imagenet", "oct2017")] == [32, 64, 256]
-    assert [n for n in data.INFOS if not describe(n).flip] == ["glyphs", "mnist"]
-    assert [n for n in data.INFOS if describe(n).channels == 1] == ["glyphs", "mnist", "oct2017"]
+    assert [n for n in sets.INFOS if not describe(n).flip] == ["glyphs", "mnist"]
+    assert [n for n in sets.INFOS if describe(n).channels == 1] == ["glyphs", "mnist", "oct2017"]
 
 
 @pytest.mark.parametrize(("sides", "row"), [((8, 32, 90), 32), ((33, 20, 64), 64), ((65, 65), 256)])
 def test_describe_takes_the_median_shorter_side(tmp_path, sides, row):
     folder = tmp_path / "holiday"
     write(folder, {f"c/{k}.png": encode(np.zeros((s, s + 50))) for k, s in enumerate(sides)})
-    assert describe(str(folder)) == data.Info("holiday", 1, 1, row, True)
+    assert describe(str(folder)) == sets.Info("holiday", 1, 1, row, True)
     write(folder, {"d/0.png": encode(np.zeros((sides[0], 99, 3)))})
     info = describe(str(folder))
     assert (info.channels, info.classes) == (3, 2)
@@ -577,11 +580,11 @@ def test_the_limits_of_an_archive_hold(tmp_path, monkeypatch, make):
     path = tmp_path / ("a.zip" if make is make_zip else "a.tar.gz")
     make(path, {f"{k}.txt": bytes(1000 * k) for k in range(6)})
     assert len(Archive(path).members) == 6
-    monkeypatch.setattr(data, "MAX_MEMBERS", 5)
+    monkeypatch.setattr("files.MAX_MEMBERS", 5)
     with pytest.raises(DataError, match="more than 5 files"):
         Archive(path).members  # noqa: B018
     monkeypatch.undo()
-    monkeypatch.setattr(data, "MAX_BYTES", 4999)
+    monkeypatch.setattr("files.MAX_BYTES", 4999)
     with pytest.raises(DataError, match="5.txt has 5,000 bytes"):
         Archive(path).members  # noqa: B018
 
@@ -670,7 +673,7 @@ def test_an_interrupted_decoding_leaves_nothing(cached, monkeypatch, stop):
         monkeypatch.setattr(data, "fit", stopped)
     else:
         write(folder, {"a/3.png": b"damaged"} | {"a/4.png": b"damaged"})
-    monkeypatch.setattr(data, "describe", lambda name: data.Info("set", 3, 2, 32, True))
+    monkeypatch.setattr(data, "describe", lambda name: sets.Info("set", 3, 2, 32, True))
     with pytest.raises(stop or DataError):
         load(str(folder), "train", 8, data_dir)
     assert list((data_dir / "cache").iterdir()) == []
@@ -734,8 +737,8 @@ class Server:
 @pytest.fixture
 def server(monkeypatch):
     server = Server()
-    monkeypatch.setattr(data, "TIMEOUT", 0.4)
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("files.TIMEOUT", 0.4)
+    monkeypatch.setattr("files.time.sleep", lambda seconds: None)
     yield server
     server.close()
 
@@ -744,7 +747,7 @@ def offer(monkeypatch, server, name, files, mirrors=("/one/",)):
     """Let DOWNLOADS point to the server, which serves `files` under its last mirror."""
     md5s = {file: hashlib.md5(raw).hexdigest() for file, raw in files.items()}
     mirrors = [server.url + m for m in mirrors]
-    monkeypatch.setattr(data, "DOWNLOADS", {name: (mirrors, md5s)})
+    monkeypatch.setattr(sets, "DOWNLOADS", {name: (mirrors, md5s)})
     path = mirrors[-1].removeprefix(server.url)
     server.plan |= {path + file: [raw] for file, raw in files.items()}
 
@@ -811,19 +814,19 @@ def test_a_dead_mirror_is_passed_over_for_the_second(tmp_path, monkeypatch, serv
 def test_without_a_network_the_error_names_files_and_addresses_after_the_first_file(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("files.time.sleep", lambda seconds: None)
     tries = []
 
     def fail(url, timeout):
         tries.append(url)
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr(data.urllib.request, "urlopen", fail)
+    monkeypatch.setattr("files.urllib.request.urlopen", fail)
     with pytest.raises(DataError) as error:
         load("mnist", "train", 28, tmp_path)
     text = str(error.value)
     assert "\n" not in text and "Name or service not known" in text and "needs no data" in text
-    assert all(file in text for file in data.DOWNLOADS["mnist"][1]) and "https://ossci" in text
+    assert all(file in text for file in sets.DOWNLOADS["mnist"][1]) and "https://ossci" in text
     assert [t.split("/")[2] for t in tries] == [
         "ossci-datasets.s3.amazonaws.com",
         "storage.googleapis.com",
@@ -832,10 +835,10 @@ def test_without_a_network_the_error_names_files_and_addresses_after_the_first_f
 
 
 def test_a_silent_name_server_does_not_hold_the_program(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "TIMEOUT", 0.1)
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *a, **k: threading.Event().wait(5))
+    monkeypatch.setattr("files.TIMEOUT", 0.1)
+    monkeypatch.setattr("files.urllib.request.urlopen", lambda *a, **k: threading.Event().wait(5))
     start = time.monotonic()
-    monkeypatch.setattr(data, "TRIES", 1)
+    monkeypatch.setattr("files.TRIES", 1)
     with pytest.raises(DataError, match="no answer in 0.1 s"):
         load("cifar100", "train", 32, tmp_path)
     assert time.monotonic() - start < 2
@@ -849,7 +852,7 @@ def test_ctrl_c_during_a_download_leaves_nothing(tmp_path, monkeypatch, server):
         yield next(iter(items))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "progress", interrupted)
+    monkeypatch.setattr("files.progress", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load("cifar10", "train", 32, tmp_path)
     assert list((tmp_path / "cifar10").iterdir()) == []
@@ -858,8 +861,8 @@ def test_ctrl_c_during_a_download_leaves_nothing(tmp_path, monkeypatch, server):
 def test_progress_shows_count_rate_and_time_left_only_when_it_takes_long(monkeypatch, capsys):
     def run(seconds):
         clock = iter(np.arange(0, 1000, seconds))
-        monkeypatch.setattr(data.time, "monotonic", lambda: float(next(clock)))
-        assert list(data.progress(range(10), "decoding", 10, "images", lambda i: 1)) == [*range(10)]
+        monkeypatch.setattr("files.time.monotonic", lambda: float(next(clock)))
+        assert list(progress(range(10), "decoding", 10, "images", lambda i: 1)) == [*range(10)]
         return capsys.readouterr().err
 
     assert run(0.1) == ""

@@ -10,6 +10,7 @@ from conftest import TINY, write_folder
 
 import model as M
 import probe
+import runs
 import train
 
 SETTINGS = {"epochs": 30, "lr": 1e-2, "batch_size": 64, "seeds": 1}
@@ -179,7 +180,7 @@ def test_the_random_floor_opens_the_branches_that_untrained_has_off():
 @pytest.fixture
 def trained(folder):
     train.main(["--data", folder, *TINY, "--epochs", "4", "--device", "cpu"])
-    return train.RUNS / "set"
+    return runs.RUNS / "set"
 
 
 def run(*args):

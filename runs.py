@@ -1,0 +1,303 @@
+"""What the commands share: settings out of flags and presets, the folder of a run, messages.
+
+A run is a folder runs/NAME/ with config.json (every resolved flag), checkpoint.pt (tensors and
+plain values), log.jsonl, probe.json and pictures. Bad input ends in `fail`: one line, status 2.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from files import DataError, written_whole
+from model import PRESETS, DiER, ModelConfig, count_parameters
+from sets import describe
+
+RUNS = Path("runs")
+GLYPHS_MINUTES = 3.5  # the embedded set is the five-minute tour
+# A resumed run keeps these from its checkpoint; the others may change.
+FIXED = [
+    "data",
+    "preset",
+    "seed",
+    "batch_size",
+    "lr",
+    "ema",
+    "clip",
+    "flip",
+    "size",
+    "limit",
+    "model",
+]
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line and leave with status 2: the way every command reports bad input."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------------- settings
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name, "auto" being cuda if there is one; exits where it does not work."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} does not work here ({str(error).splitlines()[0]}); use --device cpu")
+    return device
+
+
+def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, None for fp32 throughout.
+
+    "auto" is bf16 where the hardware multiplies it natively (emulated bf16 is up to a hundred times
+    slower than fp32 on a CPU), else fp16 on CUDA and fp32 on a CPU.
+    """
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    native = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16")
+    return torch.bfloat16 if native else None
+
+
+def parse_model(text: str) -> dict[str, Any]:
+    """ "hidden=128,mult=1,2,4" -> {"hidden": 128, "mult": (1, 2, 4)}: a part without = belongs to
+    the key before it."""
+    values: dict[str, list[int]] = {}
+    key = None
+    for part in filter(None, text.split(",")):
+        name, equals, number = part.rpartition("=")
+        key = name if equals else key
+        known = ModelConfig.__dataclass_fields__.keys() - {"size", "channels", "dropout"}
+        if key not in known:
+            fail(f"--model {text}: {key or part!r} is not one of {', '.join(sorted(known))}")
+        if not number.isdecimal() or int(number) == 0:
+            fail(f"--model {text}: {number!r} is not a whole number above 0")
+        values.setdefault(key, []).append(int(number))
+    lists = {"mult", "attention"}
+    for key, numbers in values.items():
+        if key not in lists and len(numbers) > 1:
+            fail(f"--model {text}: {key} takes one number")
+    return {k: tuple(n) if k in lists else n[0] for k, n in values.items()}
+
+
+def resolve(args: argparse.Namespace) -> dict[str, Any]:
+    """Every setting of a run as plain values: what the user gave, else the preset's value."""
+    info = describe(args.data)
+    device = pick_device(args.device)
+    name = args.preset
+    if name == "auto":
+        name = "paper" if device.type == "cuda" else "cpu"
+    preset = PRESETS[name][info.side]
+    given = {"size": args.size, "dropout": args.dropout, **parse_model(args.model)}
+    given = {k: v for k, v in given.items() if v is not None}
+    try:
+        model = replace(preset.model, channels=info.channels, **given)
+    except ValueError as error:
+        fail(str(error))
+    epochs, minutes = args.epochs, args.minutes
+    if epochs is None and minutes is None:
+        epochs, minutes = preset.epochs, preset.minutes
+        if info.name == "glyphs" and minutes:
+            minutes = GLYPHS_MINUTES
+    amp = pick_amp(args.amp, device)
+    return {
+        "method": "dier",
+        "data": args.data,
+        "data_dir": str(args.data_dir),
+        "channels": info.channels,
+        "classes": info.classes,
+        "size": model.size,
+        "preset": name,
+        "row": info.side,
+        "model": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(model).items()},
+        "batch_size": args.batch_size or preset.batch_size,
+        "lr": preset.lr if args.lr is None else args.lr,
+        "epochs": epochs,
+        "minutes": minutes,
+        "ema": preset.ema if args.ema is None else args.ema,
+        "clip": preset.clip if args.clip is None else args.clip,
+        "flip": info.flip if args.flip is None else args.flip,
+        "limit": args.limit,
+        "seed": args.seed,
+        "device": str(device),
+        "amp": "off" if amp is None else "bf16" if amp == torch.bfloat16 else "fp16",
+        "compile": args.compile,
+    }
+
+
+def resolve_resume(args: argparse.Namespace, saved: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a resumed run: the checkpoint's, with what may change taken from args."""
+    if args.data is None:
+        args.data = saved["data"]
+    if args.seed is None:
+        args.seed = saved["seed"]
+    given = {k: getattr(args, k) for k in FIXED if k != "model"}
+    if args.model:
+        given["model"] = {**saved["model"], **resolve(args)["model"]}
+    given["dropout"] = args.dropout
+    for key, value in given.items():
+        old = saved["model"]["dropout"] if key == "dropout" else saved[key]
+        if value not in (None, "auto", old) and not (key == "limit" and value == 0):
+            fail(
+                f"--{key.replace('_', '-')} {value} differs from the checkpoint's {old}; leave it "
+                f"out to go on, or start a new run without --resume"
+            )
+    device = pick_device(args.device)
+    amp = pick_amp(args.amp, device)
+    now = {"device": str(device), "data_dir": str(args.data_dir), "compile": args.compile}
+    now["amp"] = "off" if amp is None else "bf16" if amp == torch.bfloat16 else "fp16"
+    if args.epochs is not None or args.minutes is not None:
+        now |= {"epochs": args.epochs, "minutes": args.minutes}
+    return {**saved, **now}
+
+
+def model_config(settings: dict[str, Any]) -> ModelConfig:
+    """The ModelConfig that config.json and checkpoints hold as plain values."""
+    return ModelConfig(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in settings["model"].items()}
+    )
+
+
+def parameter_counts(settings: dict[str, Any]) -> dict[str, int]:
+    """Trainable parameters {dit, encoder}, counted on the meta device: nothing is allocated."""
+    with torch.device("meta"):
+        model = DiER(model_config(settings))
+    return {"dit": count_parameters(model.dit), "encoder": count_parameters(model.encoder)}
+
+
+# ---------------------------------------------------------------------------- runs on disk
+
+
+def run_path(name: str) -> Path:
+    """A run's folder from --run: a path where it has a separator or exists, else runs/NAME."""
+    path = Path(name)
+    return path if path.name != name or (path / "checkpoint.pt").exists() else RUNS / name
+
+
+def new_run(data: str) -> Path:
+    """The first free one of runs/mnist, runs/mnist-2, ..."""
+    stem = Path(data).name or "run"
+    names = (stem if n == 1 else f"{stem}-{n}" for n in range(1, 10_000))
+    return next(RUNS / name for name in names if not (RUNS / name).exists())
+
+
+def find_run(name: str | None, method: str = "dier") -> Path:
+    """The run that --run names, or the newest of `method`; exits where there is none."""
+    if name is not None:
+        path = run_path(name)
+        if not (path / "checkpoint.pt").exists():
+            fail(f"no checkpoint in {path}: start with python train.py --run {name}")
+        return path
+    found = []
+    for checkpoint in RUNS.glob("*/checkpoint.pt"):
+        config = checkpoint.with_name("config.json")
+        if config.exists() and json.loads(config.read_text()).get("method") == method:
+            found.append(checkpoint)
+    if not found:
+        fail(f"no run in {RUNS}/: start with python train.py")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def read_checkpoint(run: Path) -> dict[str, Any]:
+    """The checkpoint of a run, on the CPU; exits with one line where it cannot be read."""
+    path = run / "checkpoint.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types on a damaged file
+        reason = str(error).splitlines()[0][:120]
+        fail(f"{path} cannot be read ({reason}): delete the folder {run} and train again")
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop rows after `step` and a torn last line, so that a resumed log has no row twice."""
+    if not path.exists():
+        return
+    keep = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                keep.append(line + "\n")
+        except ValueError:
+            break
+    with written_whole(path) as temporary:
+        temporary.write_text("".join(keep))
+
+
+# ---------------------------------------------------------------------------- messages and flags
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Progress:
+    """The progress line: rewritten in place on a terminal, a new line every 10 s in a file."""
+
+    def __init__(self) -> None:
+        self.last = -math.inf
+
+    def show(self, text: str, final: bool = False) -> None:
+        """Print `text`; final ends the line."""
+        if sys.stdout.isatty():
+            print(f"\r\033[K{text}", end="\n" if final else "", flush=True)
+        elif final or time.monotonic() - self.last > 10:
+            print(text, flush=True)
+            self.last = time.monotonic()
+
+
+def _number(kind: type, low: float, high: float, what: str):
+    """An argparse type: a number of `kind` with low <= value <= high."""
+
+    def parse(text: str):
+        """The number, or argparse's own error."""
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return value
+
+    return parse
+
+
+whole = _number(int, 1, math.inf, "a whole number above 0")
+count = _number(int, 0, math.inf, "a whole number, 0 or more")
+positive = _number(float, 1e-12, math.inf, "a number above 0")
+not_negative = _number(float, 0, math.inf, "a number, 0 or more")
+fraction = _number(float, 0, 1 - 1e-9, "in [0, 1)")
+
+
+def run_main(main) -> None:
+    """Run a script's main: data errors become one line and status 2, Ctrl-C status 130."""
+    try:
+        main()
+    except DataError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("stopped; nothing was changed", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; --help lists the flags")
