@@ -27,6 +27,7 @@ from torch import Tensor
 from files import BROKEN, DataError, damaged, progress, written_whole
 from sets import Source, describe, open_set
 
+CPU = torch.device("cpu")
 CACHE_FILES, CACHE_BYTES = 2_000, 256 * 2**20  # more takes long, or much memory: decoded only once
 
 
@@ -168,23 +169,29 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=2)  # every step of an epoch asks for the same one
-def permutation(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(mix_seed(seed, epoch)))
+def permutation(n: int, seed: int, epoch: int, device: torch.device) -> Tensor:
+    """The order of one epoch, int64 (n,): drawn on the CPU, so that it is the same everywhere."""
+    generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
+    return torch.randperm(n, generator=generator).to(device)
 
 
-def permutation_stream(n: int, start: int, count: int, seed: int) -> Tensor:
+def permutation_stream(
+    n: int, start: int, count: int, seed: int, device: torch.device = CPU
+) -> Tensor:
     """Entries start .. start + count - 1 of one endless stream of permutations of range(n), int64
     (count,). A pure function: a resumed run has nothing to restore. n may be below count."""
-    first, last = start // n, (start + count) // n
-    stream = torch.cat([permutation(n, seed, epoch) for epoch in range(first, last + 1)])
-    return stream[start - first * n :][:count]
+    first, last = start // n, (start + count - 1) // n
+    stream = [permutation(n, seed, epoch, device) for epoch in range(first, last + 1)]
+    whole = stream[0] if len(stream) == 1 else torch.cat(stream)
+    return whole[start - first * n :][:count]
 
 
 class Batches:
     """Batches of uint8 images (N, C, S, S) as float32 in [-1, 1] on a device.
 
     The images move there once if they fit (into half of a GPU's free memory), still as uint8:
-    then a step copies nothing from the host. Otherwise each batch is copied.
+    then a step copies nothing from the host. Otherwise each batch is copied through pinned memory,
+    while the device is still busy with the step before.
     """
 
     def __init__(
@@ -203,8 +210,14 @@ class Batches:
     def __call__(self, step: int, flips: Tensor | None = None, part: slice = slice(None)) -> Tensor:
         """`part` of batch number `step` -> float32 (b, C, S, S), mirrored left-right where flips,
         bool (B,) on the device, says so (and the set allows it)."""
-        index = permutation_stream(len(self), step * self.batch_size, self.batch_size, self.seed)
-        x = self.images[index[part].to(self.images.device)].to(self.device)
+        start, home = step * self.batch_size, self.images.device
+        index = permutation_stream(len(self), start, self.batch_size, self.seed, home)[part]
+        if home == self.device:
+            x = self.images[index]
+        else:
+            shape = (len(index), *self.images.shape[1:])
+            x = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+            x = torch.index_select(self.images, 0, index, out=x).to(self.device, non_blocking=True)
         x = to_float(x)
         if self.flip and flips is not None:
             x = torch.where(flips[part, None, None, None], x.flip(-1), x)

@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 V = 1024  # length of v (Sec. A.2)
 MAX_PERIOD = 10_000  # of the sinusoids, as in the Transformer
@@ -103,9 +104,9 @@ PRESETS: dict[str, dict[int, Preset]] = {
         64: Preset(_paper(64, 4, 384, 12, 128, (1, 2, 3, 4)), 128, 1e-4, 200, None),
         256: Preset(_paper(256, 8, 768, 16, 256, (1, 1, 2, 2, 3, 4)), 16, 1e-5, 200, None),
     },
-    # The same architecture in minutes on two cores: few pixels, large patches, a small batch, since
-    # steps count more than images here. A last width of 64 beat 128 at equal time (README): the
-    # rank of v is bounded by it, but a cheap step learns more in minutes than a wide one.
+    # The same architecture in minutes on two cores: few pixels, large patches, small batches, since
+    # steps count more than images here. A last width of 256 would bound the rank of v less, but
+    # halves the images a second (287 against 588); which is better at equal time is not settled.
     "cpu": {
         32: Preset(_cpu(16, 8, (1, 2, 4)), 32, 2e-3, None, 30.0),
         64: Preset(_cpu(32, 8, (1, 2, 4, 8)), 32, 1e-3, None, 30.0),
@@ -151,6 +152,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return at_least_fp32(scores).softmax(3).to(v.dtype) @ v
 
 
+def apply(layer: nn.Module, *args: Tensor, recompute: bool) -> Tensor:
+    """layer(*args); with `recompute` only its inputs are kept, and backward computes it again."""
+    return checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+
+
 class GroupNorm(nn.GroupNorm):
     """Group normalisation with min(32, C / 4) groups and fp32 statistics.
 
@@ -180,7 +186,7 @@ class LayerNorm(nn.LayerNorm):
 class ResBlock(nn.Module):
     """Two convolutions with time in between; `down` halves the resolution by average pooling.
 
-    (B, C_in, H, W), time (B, E) -> (B, C_out, H, W), H and W halved with `down`.
+    (B, C_in, H, W), SiLU of time (B, E) -> (B, C_out, H, W), H and W halved with `down`.
     """
 
     def __init__(self, c_in: int, c_out: int, time_width: int, dropout: float, down: bool = False):
@@ -199,7 +205,7 @@ class ResBlock(nn.Module):
         if self.down:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)  # (B, C_in, H/2, W/2)
         h = self.norm2(self.conv1(h))  # (B, C_out, H, W)
-        scale, shift = self.time(F.silu(time))[:, :, None, None].chunk(2, dim=1)  # (B, C_out, 1, 1)
+        scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)  # (B, C_out, 1, 1)
         h = F.silu(h * (1 + scale) + shift)
         h = self.conv2(self.dropout(h))  # (B, C_out, H, W)
         return self.skip(x) + h
@@ -232,10 +238,11 @@ class Encoder(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
+        self.recompute = False  # activations, in backward
         self.base, time_width = cfg.base, 4 * cfg.base
         self.time_mlp = nn.Sequential(
             nn.Linear(cfg.base, time_width), nn.SiLU(), nn.Linear(time_width, time_width)
-        )
+        )  # the SiLU before each block's own Linear is the same for all: `forward` takes it once
         self.stem = nn.Conv2d(cfg.channels, cfg.base * cfg.mult[0], 3, padding=1)
         self.layers = nn.ModuleList()
         width, side = cfg.base * cfg.mult[0], cfg.size
@@ -266,10 +273,11 @@ class Encoder(nn.Module):
         return [m.conv2 if isinstance(m, ResBlock) else m.proj for m in self.layers]
 
     def forward(self, x0: Tensor, t: Tensor) -> Tensor:
-        time = self.time_mlp(sinusoid(t, self.base).to(x0.dtype))  # (B, E)
+        time = F.silu(self.time_mlp(sinusoid(t, self.base).to(x0.dtype)))  # (B, E)
         h = self.stem(x0)  # (B, base, H, W)
         for layer in self.layers:
-            h = layer(h, time) if isinstance(layer, ResBlock) else layer(h)  # (B, C_l, H_l, W_l)
+            args = (h, time) if isinstance(layer, ResBlock) else (h,)
+            h = apply(layer, *args, recompute=self.recompute)  # (B, C_l, H_l, W_l)
         h = F.silu(self.norm(h)).mean((2, 3))  # (B, C_last)
         return self.head(h)  # (B, V)
 
@@ -299,7 +307,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero: (B, N, D), condition (B, D) -> (B, N, D).
+    """Transformer block with adaLN-Zero: (B, N, D), SiLU of the condition (B, D) -> (B, N, D).
 
     The condition sets shift, scale and gate of both branches; gates start at zero, so the block
     starts as the identity.
@@ -327,7 +335,7 @@ class DiTBlock(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(F.silu(c)).chunk(6, dim=1)  # (B, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(c).chunk(6, dim=1)  # (B, D) each
         x = x + gate1[:, None] * self.self_attention(modulate(self.norm1(x), shift1, scale1))
         x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
         return x  # (B, N, D)
@@ -343,6 +351,7 @@ class DiT(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
+        self.recompute = False  # activations, in backward
         self.patch, self.channels = cfg.patch, cfg.channels
         pixels = cfg.patch**2 * cfg.channels
         self.embed = nn.Linear(pixels, cfg.hidden)
@@ -376,10 +385,10 @@ class DiT(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         x = self.embed(patchify(x_t, self.patch)) + self.positions  # (B, N, D)
         time = sinusoid(t, self.TIME_WIDTH).to(x_t.dtype)  # (B, 256)
-        c = self.time_mlp(time) + self.v_proj(v)  # (B, D)
+        c = F.silu(self.time_mlp(time) + self.v_proj(v))  # (B, D), the same SiLU for all blocks
         for block in self.blocks:
-            x = block(x, c)  # (B, N, D)
-        shift, scale = self.ada(F.silu(c)).chunk(2, dim=1)  # (B, D)
+            x = apply(block, x, c, recompute=self.recompute)  # (B, N, D)
+        shift, scale = self.ada(c).chunk(2, dim=1)  # (B, D)
         x = self.out(modulate(self.norm(x), shift, scale))  # (B, N, p * p * C)
         return unpatchify(x, self.patch, self.channels)  # (B, C, H, W)
 
@@ -395,7 +404,12 @@ class DiER(nn.Module):
         self.encoder = Encoder(cfg)
         self.dit = DiT(cfg)
 
+    def checkpoint_activations(self, on: bool) -> None:
+        """Keep only the inputs of blocks for backward: less memory, a third more time."""
+        self.encoder.recompute = self.dit.recompute = on
+
     def forward(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        """The guess of the noise; v_t is made on the way."""
         return self.dit(x_t, t, self.encoder(x0, t))
 
 

@@ -21,6 +21,8 @@ Shapes: N images, B batch, V = 1024, K classes, S number of t, H heads of one t.
 import argparse
 import json
 import math
+import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +30,23 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Split, load, mix_seed, to_float
+from data import Split, load, mix_seed
 from diffusion import T
+from features import Features, encode, moments, normalise, raw_pixels, to_channels
 from files import written_whole
 from model import DiER, Encoder
+from parallel import (
+    World,
+    ending_together,
+    first_alone,
+    join,
+    share_from_first,
+    world_from_environment,
+)
 from runs import (
     Parser,
     Progress,
@@ -54,69 +66,9 @@ TIMES = [*range(0, T, 100), T - 1]  # Sec. A.2: "11 times at intervals of 100 ..
 FEW = 5_000  # with fewer training images one tenth is too small a sample to choose t by
 WEIGHT_DECAY, WARMUP = 0.05, 10  # Sec. A.2; the warm-up in epochs
 NEIGHBOURS = 20
-PIXELS = (
-    32  # raw pixels are compared at 32 x 32 at most: 256 x 256 would need 196,608 weights a class
-)
-
-
-# ---------------------------------------------------------------------------- features
-
-
-@torch.no_grad()
-def encode(
-    encoder: Encoder,
-    images: np.ndarray,
-    times: list[int],
-    device: torch.device,
-    amp: torch.dtype | None,
-    what: str,
-) -> Tensor:
-    """v_t of uint8 images (N, C, H, W) for each of the times -> (S, N, V), fp32, on the device.
-
-    The encoder is in eval mode: no dropout, nothing of it changes.
-    """
-    encoder.eval()
-    progress, start = Progress(), time.monotonic()
-    out = torch.empty(len(times), len(images), encoder.head.out_features, device=device)
-    for first in range(0, len(images), 250):
-        x0 = to_float(torch.from_numpy(np.array(images[first : first + 250])).to(device))
-        for s, t in enumerate(times):
-            steps = torch.full((len(x0),), t, device=device)
-            with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-                out[s, first : first + len(x0)] = encoder(x0, steps)
-        done, spent = first + len(x0), time.monotonic() - start
-        left = spent / done * (len(images) - done)
-        if spent > 2:
-            progress.show(f"encoding {what}: {done / spent:.0f} images/s, {left:.0f} s left")
-    return out
-
-
-def raw_pixels(images: np.ndarray) -> Tensor:
-    """The floor of no network: pixels (N, C, H, W) -> (1, N, C * h * w), averaged to 32 x 32 if
-    they are larger."""
-    parts = []
-    for x in np.array_split(images, max(1, len(images) // 1000)):
-        x = to_float(torch.from_numpy(np.array(x)))
-        if x.shape[2] > PIXELS:
-            x = F.interpolate(x, (PIXELS, PIXELS), mode="area")
-        parts.append(x.flatten(1))
-    return torch.cat(parts)[None]
-
-
-def moments(train: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std over the images, (S, N, V) -> (S, V) each."""
-    return train.mean(1), train.std(1, correction=0)
-
-
-def normalise(features: list[Tensor], norm: str) -> list[Tensor]:
-    """[train (S, N, V), test (S, M, V)], changed in place: with norm "std" both lose the training
-    mean and are divided by the training std, the batch norm of MAE's probe; "none" keeps them."""
-    if norm == "std":
-        mean, std = moments(features[0])
-        std = torch.where(std > 1e-6, std, 1.0)  # a constant feature becomes 0, not 0 / 0
-        for part in features:
-            part.sub_(mean[:, None]).div_(std[:, None])
-    return features
+FLOORS = ("untrained", "random")
+KNN_BLOCK = 4_000  # images compared at once
+ALONE = World()
 
 
 # ---------------------------------------------------------------------------- folds
@@ -147,7 +99,7 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
 
 
 def train_heads(
-    features: Tensor,
+    features: Features,
     labels: Tensor,
     folds: Tensor,
     classes: int,
@@ -156,15 +108,16 @@ def train_heads(
     batch_size: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Train all heads at once: features (S, N, V), labels (N,), folds (N,) in -1 .. F - 1
+    """Train all heads at once: N images at S times, labels (N,), folds (N,) in -1 .. F - 1
     -> weights (S, V, H * K) and biases (S, 1, H * K), H = 1 + F.
 
     Head 0 learns from every image, head f + 1 from those outside fold f: a mask on the loss, so
-    that one gather and one product serve them all. After the last epoch, never the best of them.
+    that one gather and one product serve them all. Standardising a batch would cost a pass over
+    it; instead the small weights are rescaled: ((x - m) / d) w + b = x (w / d) + (b - m w / d).
+    After the last epoch, never the best of them.
     """
-    s, n, width = features.shape
-    heads = 2 + int(folds.max())
-    device = features.device
+    s, n, width = features.values.shape
+    heads, device = 2 + int(folds.max()), features.mean.device
     generator = torch.Generator().manual_seed(mix_seed(seed, 2))
     weight = 0.01 * torch.randn(s, width, heads * classes, generator=generator)  # normal(0.01)
     weight = weight.to(device).requires_grad_()
@@ -182,7 +135,9 @@ def train_heads(
             optimizer.param_groups[0]["lr"] = learning_rate(
                 epoch * per_epoch + i, total, warmup, peak
             )
-            logits = torch.baddbmm(bias, features[:, index], weight)  # (S, B, H * K)
+            w = weight / features.std.transpose(1, 2)  # (S, V, H * K)
+            b = torch.baddbmm(bias, features.mean, w, alpha=-1)  # (S, 1, H * K)
+            logits = torch.baddbmm(b, features.raw(index), w)  # (S, B, H * K)
             logits = logits.view(s, batch_size, heads, classes).permute(0, 2, 1, 3)  # (S, H, B, K)
             target = labels[index].expand(s, heads, batch_size)
             loss = F.cross_entropy(logits.reshape(-1, classes), target.flatten(), reduction="none")
@@ -199,11 +154,12 @@ def train_heads(
 
 
 @torch.no_grad()
-def head_ranks(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
-    """How many classes score above the right one, for each head: features (S, N, V), labels (N,)
+def head_ranks(features: Features, labels: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
+    """How many classes score above the right one, for each head: N images at S times, labels (N,)
     -> (S, H, N) int; 0 is a top-1 hit, below 5 a top-5 hit."""
-    s, ranks = len(features), []
-    for x, y in zip(features.split(2000, dim=1), labels.split(2000)):
+    s, ranks = len(weight), []
+    for first in range(0, len(labels), 2000):
+        x, y = features.take(slice(first, first + 2000)), labels[first : first + 2000]
         logits = torch.baddbmm(bias, x, weight).view(s, x.shape[1], -1, k)  # (S, B, H, K)
         right = logits.gather(3, y.view(1, -1, 1, 1).expand(s, -1, logits.shape[2], 1))
         ranks.append((logits > right).sum(3).permute(0, 2, 1))
@@ -211,16 +167,31 @@ def head_ranks(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, k
 
 
 @torch.no_grad()
-def knn_accuracy(train: Tensor, test: Tensor, y_train: Tensor, y_test: Tensor, k: int) -> float:
-    """Percent of test images (N, V) whose 20 nearest training images by cosine vote for their
-    class; of equal votes the lowest class wins."""
-    train = F.normalize(train, dim=1)
-    hits = 0
-    for x, y in zip(test.split(1000), y_test.split(1000)):
-        near = (F.normalize(x, dim=1) @ train.T).topk(min(NEIGHBOURS, len(train)), dim=1).indices
-        votes = F.one_hot(y_train[near], k).sum(1)  # (B, K)
+def knn_accuracy(
+    train: Features, test: Features, s: int, y_train: Tensor, y_test: Tensor, k: int
+) -> float:
+    """Percent of test images whose 20 nearest training images at time number s, by cosine, vote
+    for their class; of equal votes the lowest class wins. Reads the training images in blocks."""
+
+    def rows(features: Features, first: int) -> Tensor:
+        """A block of unit vectors (B, V)."""
+        part = features.values[s, first : first + KNN_BLOCK].to(features.mean.device).float()
+        return F.normalize((part - features.mean[s]) / features.std[s], dim=1)
+
+    hits, n = 0, len(y_train)
+    for first in range(0, len(y_test), KNN_BLOCK):
+        x, y = rows(test, first), y_test[first : first + KNN_BLOCK]
+        near = torch.empty(len(x), 0, device=x.device)
+        index = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
+        for start in range(0, n, KNN_BLOCK):
+            cosine = x @ rows(train, start).T  # (B, block)
+            best, where = cosine.topk(min(NEIGHBOURS, cosine.shape[1]), dim=1)
+            near, index = torch.cat([near, best], 1), torch.cat([index, where + start], 1)
+            near, keep = near.topk(min(NEIGHBOURS, near.shape[1]), dim=1)
+            index = index.gather(1, keep)
+        votes = F.one_hot(y_train[index], k).sum(1)  # (B, K)
         hits += (votes.argmax(1) == y).sum().item()
-    return 100.0 * hits / len(test)
+    return 100.0 * hits / len(y_test)
 
 
 @dataclass
@@ -236,9 +207,9 @@ class Task:
     batch_size: int
     seeds: int
 
-    def evaluate(self, train: Tensor, test: Tensor) -> list[dict[str, float | None]]:
-        """Train and score the heads of features (S, N, V) and (S, M, V): for each t top1, top5
-        (None up to 10 classes), held_out, in percent; top1_std where there are several seeds."""
+    def evaluate(self, train: Features, test: Features) -> list[dict[str, float | None]]:
+        """Train and score the heads on N and M images at S times: for each t top1, top5 (None up
+        to 10 classes), held_out, in percent; top1_std where there are several seeds."""
         runs = []
         for seed in range(self.seeds):
             weight, bias = train_heads(
@@ -340,82 +311,112 @@ def parse_times(text: str | None) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def to_channels(split: Split, channels: int) -> np.ndarray:
-    """Images with the channels that the encoder takes: grey repeated, or colours averaged."""
-    images = split.images
-    if images.shape[1] == channels:
-        return images
-    if channels == 3:
-        return np.repeat(images, 3, axis=1)
-    return images.mean(axis=1, keepdims=True).round().astype(np.uint8)
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Encode, train the heads, print the table, write probe.json."""
+    """Find the run, load its encoder, probe it."""
     args = build_parser().parse_args(argv)
-    times = parse_times(args.t)
+    times, world = parse_times(args.t), world_from_environment()
     run = find_run(args.run)
     state = read_checkpoint(run)
-    settings, step = state["settings"], state["step"]
-    device = pick_device(args.device)
+    settings = state["settings"]
+    if world.rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, one process speaks for all
+    model = DiER(model_config(settings))
+    model.load_state_dict(state["ema" if args.weights == "ema" else "model"])
+    floors = {kind: untrained_encoder(settings, kind == "random") for kind in FLOORS}
+    with ending_together(world, run):
+        probe(model.encoder, floors, times, args, settings, state["step"], run, world)
+
+
+def probe(
+    encoder: nn.Module,
+    floors: dict[str, nn.Module],
+    times: list[int],
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    step: int,
+    run: Path,
+    world: World = ALONE,
+) -> None:
+    """Encode, train the heads, print the table, write probe.json: the whole protocol for encoder
+    and floors, each (B, C, H, W), (B,) -> (B, V)."""
+    device = join(world, pick_device(args.device))
     amp = pick_amp(args.amp, device)
     name = args.data or settings["data"]
     data_dir = args.data_dir or Path(settings["data_dir"])
-    splits = [load(name, s, settings["size"], data_dir, args.limit) for s in ("train", "test")]
+    with first_alone(world):
+        splits = [load(name, s, settings["size"], data_dir, args.limit) for s in ("train", "test")]
     if splits[0].labels is None:
         fail(f"{name} has no classes, and a probe needs them: lay it out as CLASS/* (see README)")
     images = [to_channels(split, settings["channels"]) for split in splits]
-    y_train, y_test = (torch.from_numpy(split.labels).to(device) for split in splits)
-    classes, n_test = len(splits[0].class_names), len(y_test)
-    folds = torch.from_numpy(make_folds(len(y_train), splits[0].groups, 0)).to(device)
-    lr = args.lr or (2e-5 if settings["row"] == 256 else 2e-4)
-    task = Task(y_train, y_test, folds, classes, args.epochs, lr, args.batch_size, args.seeds)
-    protocol = {
-        "epochs": args.epochs, "lr": lr, "batch_size": args.batch_size, "seeds": args.seeds,
-        "norm": args.norm, "weights": args.weights, "data": name, "limit": args.limit,
-        "held_out": "a tenth" if len(y_train) >= FEW else "5-fold", "step": step,
-    }  # fmt: skip
+    task, protocol = make_task(splits, args, settings, device, step)
+    y_train, y_test = task.y_train, task.y_test
 
-    def encode_both(encoder: Encoder, at: list[int], what: str) -> list[Tensor]:
+    def encode_both(encoder: nn.Module, at: list[int], what: str) -> list[Tensor]:
+        """Features of the training and the test images."""
+        encoder.to(device)
         parts = zip(images, ("train", "test"))
-        return [encode(encoder.to(device), x, at, device, amp, f"{s}, {what}") for x, s in parts]
+        return [encode(encoder, x, at, device, amp, f"{s}, {what}", run, world) for x, s in parts]
 
-    model = DiER(model_config(settings))
-    model.load_state_dict(state["ema" if args.weights == "ema" else "model"])
-    print(f"run {run}, step {step:,}: {name}, {len(y_train):,} + {n_test:,} images, {device}")
-    features = encode_both(model.encoder, times, "v_t")
-    if args.export:
-        export(args.export, features, times, task, run)
-    features = normalise(features, args.norm)
-    rows = [{"t": t, **row} for t, row in zip(times, task.evaluate(*features))]
-    for row, *both in zip(rows, *features):
-        row["knn"] = knn_accuracy(*both, y_train, y_test, classes)
-    del features
-    path = result_path(run, args)
-    rows = merge_rows(path, rows, protocol)
-    chosen, oracle = choose(rows, "held_out"), choose(rows, "top1")
-    sources = {"pixels": [raw_pixels(x).to(device) for x in images]}
-    for kind in ("untrained", "random"):
-        encoder = untrained_encoder(settings, kind == "random")
-        sources[kind] = encode_both(encoder, [chosen["t"]], kind)
-    floors = {k: task.evaluate(*normalise(f, args.norm))[0]["top1"] for k, f in sources.items()}
+    print(f"run {run}, step {step:,}: {name}, {len(y_train):,} + {len(y_test):,} images, {device}")
+    values, rows, path = encode_both(encoder, times, "v_t"), [], result_path(run, args)
+    if world.rank == 0:
+        if args.export:
+            export(args.export, values, times, task, run)
+        features = normalise(*values, args.norm, device)
+        rows = [{"t": t, **row} for t, row in zip(times, task.evaluate(*features))]
+        for s, row in enumerate(rows):
+            row["knn"] = knn_accuracy(*features, s, y_train, y_test, task.classes)
+        rows = merge_rows(path, rows, protocol)
+        del features
+    del values
+    chosen, oracle = share_from_first(
+        world, [choose(rows, key) for key in ("held_out", "top1")] if rows else None
+    )
+    sources = {"pixels": [raw_pixels(x) for x in images]}
+    for kind, untrained in floors.items():
+        sources[kind] = encode_both(untrained, [chosen["t"]], kind)
+    if world.rank:
+        return
+    scores = {
+        kind: task.evaluate(*normalise(*both, args.norm, device))[0]["top1"]
+        for kind, both in sources.items()
+    }
     result = {
         "rows": rows, "chosen_t": chosen["t"], "test_top1": chosen["top1"],
-        "oracle_t": oracle["t"], "oracle_top1": oracle["top1"], "floors": floors,
-        "n_test": n_test, "protocol": protocol, "run": str(run),
+        "oracle_t": oracle["t"], "oracle_top1": oracle["top1"], "floors": scores,
+        "n_test": len(y_test), "protocol": protocol, "run": str(run),
     }  # fmt: skip
-    text = json.dumps(result, indent=1) + "\n"
     with written_whole(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
     print_table(result, len(y_train), path)
+
+
+def make_task(
+    splits: list[Split],
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    device: torch.device,
+    step: int,
+) -> tuple[Task, dict[str, Any]]:
+    """The task of the heads, and the protocol as probe.json states it."""
+    y_train, y_test = (torch.from_numpy(split.labels).to(device) for split in splits)
+    folds = torch.from_numpy(make_folds(len(y_train), splits[0].groups, 0)).to(device)
+    lr, classes = args.lr or (2e-5 if settings["row"] == 256 else 2e-4), splits[0].class_names
+    task = Task(y_train, y_test, folds, len(classes), args.epochs, lr, args.batch_size, args.seeds)
+    return task, {
+        "epochs": args.epochs, "lr": lr, "batch_size": args.batch_size, "seeds": args.seeds,
+        "norm": args.norm, "weights": args.weights, "data": args.data or settings["data"],
+        "limit": args.limit, "held_out": "a tenth" if len(y_train) >= FEW else "5-fold",
+        "step": step,
+    }  # fmt: skip
 
 
 def export(path: Path, features: list[Tensor], times: list[int], task: Task, run: Path) -> None:
     """Write the features as they come from the encoder, in half precision, train before test, with
     the mean and std (S, V) of the training part."""
-    mean, std = moments(features[0])
+    mean, std = (x[:, 0] for x in moments(features[0]))
     arrays = {
-        "features": torch.cat(features, dim=1).half(),
+        "features": torch.cat(features, dim=1),
         "labels": torch.cat([task.y_train, task.y_test]),
         "split": torch.arange(2).repeat_interleave(
             torch.tensor([len(task.y_train), len(task.y_test)])

@@ -7,6 +7,7 @@ plain values), log.jsonl, probe.json and pictures. Bad input ends in `fail`: one
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, replace
@@ -136,6 +137,9 @@ def resolve(args: argparse.Namespace) -> dict[str, Any]:
         "device": str(device),
         "amp": "off" if amp is None else "bf16" if amp == torch.bfloat16 else "fp16",
         "compile": args.compile,
+        "accum": args.accum,
+        "checkpoint_activations": args.checkpoint_activations,
+        "launch": os.environ.get("TORCHELASTIC_RUN_ID"),  # by which a restarted process knows it
     }
 
 
@@ -159,6 +163,8 @@ def resolve_resume(args: argparse.Namespace, saved: dict[str, Any]) -> dict[str,
     device = pick_device(args.device)
     amp = pick_amp(args.amp, device)
     now = {"device": str(device), "data_dir": str(args.data_dir), "compile": args.compile}
+    now |= {"accum": args.accum, "checkpoint_activations": args.checkpoint_activations}
+    now["launch"] = os.environ.get("TORCHELASTIC_RUN_ID")
     now["amp"] = "off" if amp is None else "bf16" if amp == torch.bfloat16 else "fp16"
     if args.epochs is not None or args.minutes is not None:
         now |= {"epochs": args.epochs, "minutes": args.minutes}

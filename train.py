@@ -5,6 +5,7 @@
     python train.py --data cifar10 --preset paper --epochs 200
     python train.py --run mnist --resume          go on after Ctrl-C or a crash, bit for bit
     python train.py --data mnist --dry-run        show every resolved value, train nothing
+    torchrun --nproc_per_node=8 train.py --data oct2017 --preset paper        eight GPUs
 
 One step (Eq. 4.6): draw t and eps, make x_t, predict eps from x_t, t and v_t = Encoder(x_0, t),
 take the squared error, clip, Adam, EMA. The loop is `train`, and the step is `training_step`.
@@ -13,30 +14,48 @@ What a run leaves in runs/NAME/, and what others may read:
 - config.json: every resolved flag;
 - checkpoint.pt: weights, EMA, optimizer, step and window sums; tensors and plain values only;
 - log.jsonl: step, epoch, images, seconds, loss, loss_by_t (10 numbers, the mean loss for each tenth
-  of t, null where none was drawn), lr, images_per_s, grad_norm, skipped (steps that fp16 skipped).
+  of t, null where none was drawn), lr, images_per_s, grad_norm, skipped (steps that fp16 skipped);
+- preview.png: what the average weights make of four images, renewed every few minutes.
 With --json the last line printed is one JSON object: parameters {dit, encoder} and every resolved
 flag, plus steps, images, seconds and loss after training. With --dry-run that needs no data set.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import math
 import os
 import shutil
 import signal
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from data import Batches, load, mix_seed
-from diffusion import T, alphas_cumprod, eps_loss, q_sample
+from data import Batches, load, mix_seed, save_grid, to_float
+from diffusion import T, alphas_cumprod, eps_loss, predict_x0, q_sample
 from files import written_whole
 from model import PRESETS, DiER
+from parallel import (
+    World,
+    agree,
+    ending_together,
+    first_alone,
+    join,
+    largest,
+    restarted_run,
+    share_from_first,
+    sum_to_first,
+    world_from_environment,
+)
 from runs import (
+    RUNS,
     Parser,
     Progress,
     clock,
@@ -60,7 +79,10 @@ from runs import (
 )
 from sets import INFOS
 
+ALONE = World()  # the usual world of one process
 SAVE_SECONDS = 60.0  # a crash costs at most this much training
+HIDDEN = ("model", "row", "method", "launch")  # settings that are not printed among the others
+PREVIEW_SECONDS, PREVIEW_TIMES = 150.0, (100, 300, 500, 700, 900)
 
 
 # ---------------------------------------------------------------------------- the step
@@ -103,6 +125,12 @@ class Window:
             "skipped": int(self.skipped.item()),
         }
 
+    def gather(self, world: World) -> None:
+        """Bring the sums of all processes to rank 0. The gradient's norm is the same on each."""
+        sum_to_first(world, self.loss)
+        sum_to_first(world, self.count)
+        largest(world, self.bad_step)
+
     def reset(self) -> None:
         """Start the next window."""
         for total in (self.loss, self.count, self.grad_norm, self.steps):
@@ -118,14 +146,17 @@ class Window:
             setattr(self, name, state[name].to(self.loss.device))
 
 
-def draw(seed: int, step: int, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """t (B,), flips (B,) and eps `shape` of one step, a pure function of (seed, step): a resumed
-    run sees what it would have seen. Dropout uses the default generators, reseeded here too."""
+def draw(
+    seed: int, step: int, shape: tuple[int, ...], device: torch.device, rank: int = 0
+) -> tuple[Tensor, ...]:
+    """t (B,), flips (B,) and eps `shape` of one step for the global batch, a pure function of
+    (seed, step): a resumed run sees what it would have seen, and each process takes its part.
+    Dropout uses the default generators, reseeded here too, differently for each rank."""
     generator = torch.Generator(device).manual_seed(mix_seed(seed, step))
     t = torch.randint(T, shape[:1], generator=generator, device=device)
     flips = torch.rand(shape[:1], generator=generator, device=device) < 0.5
     eps = torch.randn(shape, generator=generator, device=device)
-    torch.manual_seed(mix_seed(seed, step, 0))
+    torch.manual_seed(mix_seed(seed, step, rank))
     return t, flips, eps
 
 
@@ -135,23 +166,51 @@ def ema_decay(decay: float, step: int) -> float:
 
 
 @torch.no_grad()
-def update_ema(ema: list[Tensor], params: list[Tensor], decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * params, all tensors in one call."""
-    torch._foreach_lerp_(ema, params, 1.0 - decay)
+def update_ema(ema: Tensor, params: Tensor, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * params, in place."""
+    ema.lerp_(params, 1.0 - decay)
+
+
+def views(flat: Tensor, params: list[Tensor]) -> Iterator[Tensor]:
+    """Pieces of a long tensor (P,) with the shapes and strides of params, end to end."""
+    start = 0
+    for p in params:
+        yield flat.as_strided(p.shape, p.stride(), start)
+        start += p.numel()
+
+
+@torch.no_grad()
+def flatten(model: torch.nn.Module) -> Tensor:
+    """Lay all parameters of a model end to end in one long tensor (P,), and let the model go on
+    with views of it. Clipping, Adam and the average then work on one tensor in place of 150, whose
+    calls would take a tenth of a small model's step on a CPU."""
+    params = list(model.parameters())
+    flat = torch.empty(sum(p.numel() for p in params), device=params[0].device)
+    for p, view in zip(params, views(flat, params)):
+        p.data = view.copy_(p)
+    return flat
 
 
 class TrainState:
     """All that changes while training, and so all that a checkpoint holds."""
 
-    def __init__(self, settings: dict[str, Any], device: torch.device):
+    def __init__(self, settings: dict[str, Any], device: torch.device, world: World = ALONE):
         torch.manual_seed(settings["seed"])
-        self.settings, self.device, self.step = settings, device, 0
+        self.settings, self.device, self.world, self.step = settings, device, world, 0
         self.seconds = 0.0  # of training, over all invocations
         self.model = DiER(model_config(settings)).to(device)
+        self.model.checkpoint_activations(settings["checkpoint_activations"])
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
+            self.model.encoder.to(memory_format=torch.channels_last)  # what tensor cores read
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.params = list(self.model.parameters())
-        self.ema_params = list(self.ema.parameters())
-        self.optimizer = torch.optim.Adam(self.params, lr=settings["lr"], fused=True)
+        self.ema_params, params = flatten(self.ema), list(self.model.parameters())
+        self.params = torch.nn.Parameter(flatten(self.model))
+        self.params.grad = torch.zeros_like(self.params)
+        for p, grad in zip(params, views(self.params.grad, params)):
+            p.grad = grad
+        self.net = self.model if world.size == 1 else DistributedDataParallel(self.model)
+        self.optimizer = torch.optim.Adam([self.params], lr=settings["lr"], fused=True)
         self.amp = pick_amp(settings["amp"], device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
         self.abar = alphas_cumprod().float().to(device)
@@ -170,25 +229,48 @@ class TrainState:
         """Take everything back from a checkpoint."""
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
+        if self.world.rank:
+            self.window.reset()  # the sums so far are rank 0's
         self.step, self.seconds = state["step"], state["seconds"]
 
 
-def training_step(state: TrainState, x0: Tensor, t: Tensor, eps: Tensor) -> None:
-    """One update of Eq. 4.6: x0, eps (B, C, H, W), t (B,). Never waits for the device."""
+def forward_loss(state: TrainState, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """Eq. 4.6 for each image: x0, eps (B, C, H, W), t (B,) -> (B,), with a graph for backward."""
+    amp = state.amp
+    x_t = q_sample(x0, t, eps, state.abar)
+    with torch.autocast(state.device.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
+        eps_hat = state.net(x_t, t, x0)
+    return eps_loss(eps_hat, eps)
+
+
+def update(state: TrainState) -> Tensor:
+    """Clip the gradients, let Adam step, move the average; returns the norm before clipping."""
     s = state
-    x_t = q_sample(x0, t, eps, s.abar)
-    with torch.autocast(s.device.type, dtype=s.amp or torch.bfloat16, enabled=s.amp is not None):
-        eps_hat = s.model(x_t, t, x0)
-    loss = eps_loss(eps_hat, eps)
-    s.optimizer.zero_grad(set_to_none=True)
-    s.scaler.scale(loss.mean()).backward()
     s.scaler.unscale_(s.optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(s.params, s.settings["clip"] or math.inf)
+    grad_norm = torch.nn.utils.clip_grad_norm_([s.params], s.settings["clip"] or math.inf)
     s.scaler.step(s.optimizer)
     s.scaler.update()
+    s.params.grad.zero_()
     s.step += 1
     update_ema(s.ema_params, s.params, ema_decay(s.settings["ema"], s.step))
-    s.window.add(s.step, loss.detach(), t, grad_norm.detach())
+    return grad_norm.detach()
+
+
+def training_step(state: TrainState, x0: Tensor, t: Tensor, eps: Tensor) -> None:
+    """One update of Eq. 4.6 on this process's images: x0, eps (B, C, H, W), t (B,).
+
+    With --accum N the batch goes through in N pieces whose gradients add up to the batch's; only
+    the last one makes the processes exchange them. Never waits for the device.
+    """
+    losses, pieces = [], state.settings["accum"]
+    for k, piece in enumerate(zip(x0.chunk(pieces), t.chunk(pieces), eps.chunk(pieces))):
+        alone = state.world.size > 1 and k < pieces - 1
+        with state.net.no_sync() if alone else contextlib.nullcontext():
+            loss = forward_loss(state, *piece)
+            state.scaler.scale(loss.mean() / pieces).backward()
+        losses.append(loss.detach())
+    grad_norm = update(state)
+    state.window.add(state.step, torch.cat(losses), t, grad_norm)
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -204,6 +286,8 @@ def check_finite(state: TrainState, run: Path) -> None:
     bad = int(state.window.bad_step.item())
     if bad < 0:
         return
+    if state.world.rank:
+        raise SystemExit(2)  # rank 0 has the sums, and says it
     tenths = [i for i, s in enumerate(state.window.loss.tolist()) if not math.isfinite(s)]
     where = ", ".join(f"{100 * i}-{100 * i + 99}" for i in tenths)
     kept = f"{run}/checkpoint.pt is the last good one" if (run / "checkpoint.pt").exists() else ""
@@ -213,54 +297,100 @@ def check_finite(state: TrainState, run: Path) -> None:
     )
 
 
+class Log:
+    """log.jsonl and the progress line; on other ranks than 0 it does nothing."""
+
+    def __init__(self, state: TrainState, run: Path, last: float, limit: float):
+        self.first, self.last, self.limit = state.step, last, limit
+        self.seen, self.shown = state.step, 0.0  # step and seconds at the row before
+        self.progress, self.text = Progress(), ""
+        self.file = (run / "log.jsonl").open("a") if state.world.rank == 0 else None
+
+    def write(self, state: TrainState, images: int, spent: float) -> None:
+        """One row for the window that ends now, `spent` seconds after the first step."""
+        if self.file is None:
+            return
+        step, batch = state.step, state.settings["batch_size"]
+        rate = (step - self.seen) * batch / max(spent - self.shown, 1e-9)
+        row = {"step": step, "epoch": step * batch / images, "images": step * batch}
+        row |= {"seconds": state.seconds, **state.window.read()}
+        row |= {"lr": state.settings["lr"], "images_per_s": rate}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        left = min(self.limit - spent, (self.last - step) * spent / (step - self.first))
+        self.text = f"step {step}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  "
+        self.text += f"{rate:.0f} images/s  {clock(left)} left"
+        self.progress.show(self.text)
+        self.seen, self.shown = step, spent
+
+    def close(self) -> None:
+        """End the file and the progress line."""
+        if self.file is not None:
+            self.file.close()
+            self.progress.show(self.text, final=True)
+
+
+@torch.no_grad()
+def preview(state: TrainState, batches: Batches, path: Path) -> None:
+    """Show a person what is being learned: for four training images and five t, one row a t, x_0,
+    x_t and the one-step estimate of x_0 by the average weights. Draws from its own generator."""
+    x0 = to_float(batches.images[:4].to(state.device))
+    generator = torch.Generator().manual_seed(mix_seed(state.settings["seed"], -1))
+    rows = []
+    for t in PREVIEW_TIMES:
+        eps = torch.randn(x0.shape, generator=generator).to(state.device)
+        times = torch.full((len(x0),), t, device=state.device)
+        x_t = q_sample(x0, times, eps, state.abar)
+        x0_hat = predict_x0(x_t, state.abar[t], state.ema(x_t, times, x0), clip=True)
+        rows.append(torch.stack([x0, x_t, x0_hat], dim=1).flatten(0, 1))  # (12, C, H, W)
+    save_grid(torch.cat(rows), path, columns=3 * len(x0), scale=max(1, 64 // x0.shape[-1]))
+
+
 def train(state: TrainState, batches: Batches, run: Path) -> float:
     """Train until the epochs or minutes of the settings are over; returns the seconds it took.
 
-    Ctrl-C finishes the step, saves and exits with status 130.
+    Ctrl-C finishes the step, saves and exits with status 130. All processes come here; rank 0
+    writes and prints.
     """
-    settings, batch = state.settings, state.settings["batch_size"]
+    settings, world, batch = state.settings, state.world, state.settings["batch_size"]
     shape = (batch, settings["channels"], settings["size"], settings["size"])
     last = math.ceil(settings["epochs"] * len(batches) / batch) if settings["epochs"] else math.inf
     limit = 60 * settings["minutes"] if settings["minutes"] else math.inf
-    stop: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda *_: stop.append(1))
-    start = saved = shown = time.monotonic()
-    first, seen, before, text = state.step, state.step, state.seconds, ""
-    progress, log = Progress(), (run / "log.jsonl").open("a")
+    ctrl_c: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda *_: ctrl_c.append(1))
+    start = saved = drawn = time.monotonic()
+    log, part = Log(state, run, last, limit), world.part(batch)
+    before, over, stopped = state.seconds, False, False
     state.model.train()
-    now = start
-    while state.step < last and now - start < limit and not stop:
-        t, flips, eps = draw(settings["seed"], state.step, shape, state.device)
-        training_step(state, batches(state.step, flips), t, eps)
-        now, step = time.monotonic(), state.step
+    while state.step < last and not over:
+        t, flips, eps = draw(settings["seed"], state.step, shape, state.device, world.rank)
+        training_step(state, batches(state.step, flips, part), t[part], eps[part])
+        now = time.monotonic()
         state.seconds = before + now - start
-        if is_log_step(step):
+        if is_log_step(state.step):
+            state.window.gather(world)
             check_finite(state, run)
-            row = {"step": step, "epoch": step * batch / len(batches), "images": step * batch}
-            rate = (step - seen) * batch / max(now - shown, 1e-9)
-            row |= {"seconds": state.seconds, **state.window.read()}
-            row |= {"lr": settings["lr"], "images_per_s": rate}
+            log.write(state, len(batches), now - start)
             state.window.reset()
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            left = min(limit - (now - start), (last - step) * (now - start) / (step - first))
-            text = f"step {step}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  "
-            text += f"{rate:.0f} images/s  {clock(left)} left"
-            progress.show(text)
-            seen, shown = step, now
-        if now - saved > SAVE_SECONDS:
+        stopped, timed_out, due = agree(
+            world, state.step, bool(ctrl_c), now - start >= limit, now - saved > SAVE_SECONDS
+        )
+        over = stopped or timed_out
+        if due or over or state.step >= last:
+            state.window.gather(world)
             check_finite(state, run)
-            state.save(run)
             saved = now
+            if world.rank == 0:
+                state.save(run)
+                if over or state.step >= last or now - drawn > PREVIEW_SECONDS:
+                    preview(state, batches, run / "preview.png")
+                    drawn = now
     log.close()
-    check_finite(state, run)
-    state.save(run)
     signal.signal(signal.SIGINT, previous)
-    progress.show(text, final=True)
-    if stop:
+    if stopped:
         print(f"stopped at step {state.step}: python train.py --run {run} --resume goes on")
         raise SystemExit(130)
-    return now - start
+    return time.monotonic() - start
 
 
 # ---------------------------------------------------------------------------- command line
@@ -314,6 +444,18 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="mixed precision (auto: where the hardware multiplies it natively)",
     )
+    p.add_argument(
+        "--accum",
+        type=whole,
+        default=1,
+        metavar="N",
+        help="put the batch through in N pieces, for less memory; the same gradients (1)",
+    )
+    p.add_argument(
+        "--checkpoint-activations",
+        action="store_true",
+        help="compute activations again in backward: less memory, a third more time (off)",
+    )
     p.add_argument("--compile", action="store_true", help="torch.compile both networks (off)")
     p.add_argument(
         "--limit",
@@ -331,7 +473,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Resolve the settings, build or restore a run, train it, say what comes next."""
     args = build_parser().parse_args(argv)
-    state_dict, run = None, None
+    state_dict, world = None, world_from_environment()
+    if world.rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, one process speaks for all
+    again = restarted_run([run_path(args.run)] if args.run else RUNS.glob("*"))
+    if again:  # torchrun has started us anew after a crash
+        args.run, args.resume = str(again), True
     if args.resume:
         run = find_run(args.run)
         state_dict = read_checkpoint(run)
@@ -342,11 +489,20 @@ def main(argv: list[str] | None = None) -> None:
         run = run_path(args.run) if args.run else new_run(args.data)
         if (run / "checkpoint.pt").exists():
             fail(f"{run} holds a trained run: add --resume to go on, or choose another --run")
+    pieces = world.size * settings["accum"]
+    if settings["batch_size"] % pieces:
+        fail(
+            f"--batch-size {settings['batch_size']} is not a multiple of {world.size} process(es) "
+            f"x --accum {settings['accum']}; use {-(-settings['batch_size'] // pieces) * pieces}"
+        )
     counts = parameter_counts(settings)
     describe_run(settings, counts, run, args.preset == "auto" and not args.resume)
     result: dict[str, Any] = {**settings, "parameters": counts, "run": str(run)}
     if not args.dry_run:
-        result |= run_training(settings, state_dict, run)
+        device = join(world, torch.device(settings["device"]))
+        run = share_from_first(world, run)
+        with ending_together(world, run):
+            result |= run_training(settings, state_dict, run, device, world)
     if args.json:
         print(json.dumps(result))
 
@@ -362,35 +518,36 @@ def describe_run(settings: dict, counts: dict[str, int], run: Path, auto: bool) 
         f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}"
         for k, v in settings["model"].items()
     )
-    rest = {k: v for k, v in settings.items() if k not in ("model", "row", "method")}
+    rest = {k: v for k, v in settings.items() if k not in HIDDEN}
     print(f"model: {model}")
     print("train: " + " ".join(f"{k}={v}" for k, v in rest.items()))
 
 
-def run_training(settings: dict, state_dict: dict | None, run: Path) -> dict[str, Any]:
+def run_training(
+    settings: dict, state_dict: dict | None, run: Path, device: torch.device, world: World
+) -> dict[str, Any]:
     """Load the data, build or restore the state, train; returns steps, images, seconds, loss."""
-    device = torch.device(settings["device"])
     compilers = (os.environ.get("CXX", "g++"), "clang++")
     if settings["compile"] and device.type == "cpu" and not any(map(shutil.which, compilers)):
         fail("--compile needs a C++ compiler on a CPU: install g++, or leave --compile out")
-    split = load(
-        settings["data"], "train", settings["size"], Path(settings["data_dir"]),
-        settings["limit"], settings["seed"],
-    )  # fmt: skip
+    with first_alone(world):  # it downloads and fills the cache
+        split = load(
+            settings["data"], "train", settings["size"], Path(settings["data_dir"]),
+            settings["limit"], settings["seed"],
+        )  # fmt: skip
     batches = Batches(
         split.images, settings["batch_size"], settings["seed"], device, settings["flip"]
     )
-    state = TrainState(settings, device)
+    state = TrainState(settings, device, world)
     if state_dict is not None:
         state.restore(state_dict)
         done = state.step * settings["batch_size"] / len(batches)
         if settings["epochs"] and done >= settings["epochs"]:
             fail(f"{run} has done {done:.1f} epochs: give a larger --epochs, or --minutes")
-    run.mkdir(parents=True, exist_ok=True)
-    cut_log(run / "log.jsonl", state.step)
-    config = json.dumps(settings, indent=1) + "\n"
-    with written_whole(run / "config.json") as temporary:
-        temporary.write_text(config)
+    if world.rank == 0:
+        cut_log(run / "log.jsonl", state.step)
+        with written_whole(run / "config.json") as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n")
     if settings["compile"]:
         state.model.compile()
     print(f"{len(batches):,} training images of {settings['data']}", flush=True)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, write_folder
 
+import features
 import model as M
 import probe
 import runs
@@ -24,9 +25,16 @@ def blobs(n, classes=4, width=16, seed=0, times=2):
     return x, y
 
 
+def plain(x, mean=0.0, std=1.0):
+    """Features (S, N, V) that are standardised already, or by the mean and std given."""
+    like = torch.ones_like(x[:, :1])
+    return features.Features(x, mean * like, std * like)
+
+
 def fit(x, y, x_test, y_test, folds=None, classes=4, **change):
     folds = torch.from_numpy(probe.make_folds(len(y), None, 0)) if folds is None else folds
-    return probe.Task(y, y_test, folds, classes, **{**SETTINGS, **change}).evaluate(x, x_test)
+    task = probe.Task(y, y_test, folds, classes, **{**SETTINGS, **change})
+    return task.evaluate(plain(x), plain(x_test))
 
 
 def test_separable_features_reach_100_and_labels_without_a_pattern_chance():
@@ -44,7 +52,8 @@ def test_heads_equal_a_plain_loop_over_heads_and_times():
     """Each head alone: its own AdamW, its own mean over the images that it may see."""
     x, y = blobs(96, seed=3)
     folds = torch.arange(96) % 3
-    weight, bias = probe.train_heads(x, y, folds, 4, 12, 5e-3, 32, seed=7)
+    stored = plain(x * 0.02 + 0.3, mean=0.3, std=0.02)  # as v is: a small spread off zero
+    weight, bias = probe.train_heads(stored, y, folds, 4, 12, 5e-3, 32, seed=7)
     generator = torch.Generator().manual_seed(probe.mix_seed(7, 2))
     start = 0.01 * torch.randn(2, 16, 16, generator=generator)
     orders = [torch.randperm(96, generator=generator) for _ in range(12)]
@@ -61,8 +70,8 @@ def test_heads_equal_a_plain_loop_over_heads_and_times():
                 optimizer.zero_grad()
                 F.cross_entropy(x[s, keep] @ w + b, y[keep]).backward()
                 optimizer.step()
-            assert torch.allclose(weight[s, :, 4 * head : 4 * head + 4], w, atol=2e-5)
-            assert torch.allclose(bias[s, 0, 4 * head : 4 * head + 4], b, atol=2e-5)
+            assert torch.allclose(weight[s, :, 4 * head : 4 * head + 4], w, atol=5e-5)
+            assert torch.allclose(bias[s, 0, 4 * head : 4 * head + 4], b, atol=5e-5)
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
@@ -72,19 +81,18 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 
 def test_top5_counts_the_first_five():
-    features, labels = torch.eye(12)[None], torch.arange(12)
+    x, labels = torch.eye(12)[None], torch.arange(12)
     weight = torch.arange(12.0).expand(12, 12)[None].clone()  # class 11 always wins, then 10, ...
-    ranks = probe.head_ranks(features, labels, weight, torch.zeros(1, 1, 12), 12)
+    ranks = probe.head_ranks(plain(x), labels, weight, torch.zeros(1, 1, 12), 12)
     assert ranks.shape == (1, 1, 12) and ranks[0, 0].tolist() == list(range(11, -1, -1))
 
 
 def test_t_is_chosen_without_the_test_labels():
     (x, y), (x_test, y_test) = blobs(400, times=3), blobs(200, seed=1, times=3)
-    for features in (x, x_test):  # t = 0 and 2 are noisier than t = 1
+    for part in (x, x_test):  # t = 0 and 2 are noisier than t = 1
         for s, noise in ((0, 4.0), (2, 8.0)):
-            features[s] += noise * torch.randn(
-                features[s].shape, generator=torch.Generator().manual_seed(s)
-            )
+            generator = torch.Generator().manual_seed(s)
+            part[s] += noise * torch.randn(part[s].shape, generator=generator)
     choices = []
     for labels in (y_test, (y_test + 1) % 4):  # poisoned: each test label is wrong
         rows = [{"t": t, **r} for t, r in zip((0, 500, 999), fit(x, y, x_test, labels))]
@@ -107,7 +115,7 @@ def test_folds_keep_groups_together_and_hold_everything_out_once():
     assert np.bincount(alone).tolist() == [200] * 5
 
 
-def test_knn_against_numpy():
+def test_knn_against_numpy(monkeypatch):
     rng = np.random.default_rng(0)
     train_x, test_x = rng.normal(size=(150, 5)), rng.normal(size=(40, 5))
     y, y_test = rng.integers(0, 3, 150), rng.integers(0, 3, 40)
@@ -116,22 +124,57 @@ def test_knn_against_numpy():
         cosine = train_x @ x / np.linalg.norm(train_x, axis=1) / np.linalg.norm(x)
         votes = np.bincount(y[np.argsort(-cosine)[:20]], minlength=3)
         hits += votes.argmax() == label
-    tensors = [torch.from_numpy(a) for a in (train_x, test_x, y, y_test)]
-    assert probe.knn_accuracy(*tensors, 3) == pytest.approx(100 * hits / 40)
+    stored = [plain(torch.from_numpy(x)[None].float()) for x in (train_x, test_x)]
+    labels = [torch.from_numpy(a) for a in (y, y_test)]
+    for block in (7, 4000):  # in many blocks, smaller than 20 neighbours, and in one
+        monkeypatch.setattr(probe, "KNN_BLOCK", block)
+        assert probe.knn_accuracy(*stored, 0, *labels, 3) == pytest.approx(100 * hits / 40)
 
 
 def test_normalise_uses_the_training_set_alone():
-    x, x_test = torch.randn(2, 500, 3) * 0.02 + 5, torch.randn(2, 50, 3)
+    x, x_test = torch.randn(2, 5000, 3) * 0.02 + 5, torch.randn(2, 50, 3)
     x[:, :, 2] = 1.0  # constant
-    before = x_test.clone()
-    mean, std = probe.moments(x)
-    a, b = probe.normalise([x.clone(), x_test.clone()], "std")
-    assert a.mean(1).abs().max() < 1e-3 and torch.allclose(
-        a.std(1)[:, :2], torch.ones(2, 2), atol=0.01
-    )
-    assert torch.isfinite(b).all() and a[:, :, 2].abs().max() < 1e-3
-    assert torch.equal(probe.normalise([x.clone(), x_test], "none")[0], x)
-    assert torch.allclose(b[0, :, 0], (before[0, :, 0] - mean[0, 0]) / std[0, 0], atol=1e-4)
+    mean, std = features.moments(x)
+    assert torch.allclose(mean[:, 0], x.double().mean(1).float(), atol=1e-6)
+    assert torch.allclose(std[:, 0], x.double().std(1, correction=0).float(), atol=1e-6)
+    cpu = torch.device("cpu")
+    a, b = (part.take(slice(None)) for part in features.normalise(x, x_test, "std", cpu))
+    assert a.mean(1).abs().max() < 1e-3 and a[:, :, 2].abs().max() < 1e-3
+    assert torch.allclose(a.std(1)[:, :2], torch.ones(2, 2), atol=0.01)
+    assert torch.isfinite(b).all()
+    assert torch.allclose(b[0, :, 0], (x_test[0, :, 0] - mean[0, 0, 0]) / std[0, 0, 0], atol=1e-4)
+    assert torch.equal(features.normalise(x, x_test, "none", cpu)[0].take(slice(None)), x)
+
+
+def test_features_that_do_not_fit_go_to_a_file_that_leaves_nothing(tmp_path, monkeypatch):
+    (x, y), (x_test, y_test) = blobs(400), blobs(200, seed=1)
+    stored = []
+    for limit in (features.IN_MEMORY, 100):
+        monkeypatch.setattr(features, "IN_MEMORY", limit)
+        out = [features.room(part.shape, torch.device("cpu"), tmp_path) for part in (x, x_test)]
+        for values, part in zip(out, (x, x_test)):
+            assert values.dtype == torch.half and not values.any()
+            values.copy_(part)
+        stored.append(out)
+        assert list(tmp_path.iterdir()) == []
+    folds = torch.from_numpy(probe.make_folds(400, None, 0))
+    task = probe.Task(y, y_test, folds, 4, **SETTINGS)
+    a, b = (task.evaluate(*features.normalise(*out, "std", torch.device("cpu"))) for out in stored)
+    assert a == b and a[0]["top1"] == 100
+
+
+def test_half_precision_changes_no_accuracy_by_more_than_a_third_of_a_point():
+    """Overlapping classes, and features with the small spread off zero that v has."""
+    x, y = blobs(4000, seed=5)
+    x_test, y_test = blobs(2000, seed=6)
+    noise = torch.Generator().manual_seed(0)
+    x, x_test = (0.3 + 0.02 * (p + 2 * torch.randn(p.shape, generator=noise)) for p in (x, x_test))
+    folds, cpu = torch.from_numpy(probe.make_folds(4000, None, 0)), torch.device("cpu")
+    task = probe.Task(y, y_test, folds, 4, **SETTINGS)
+    full = task.evaluate(*features.normalise(x, x_test, "std", cpu))
+    half = task.evaluate(*features.normalise(x.half(), x_test.half(), "std", cpu))
+    for a, b in zip(full, half):
+        assert 60 < a["top1"] < 99 and abs(a["top1"] - b["top1"]) <= 0.3
 
 
 def test_wilson_interval():
@@ -142,10 +185,10 @@ def test_wilson_interval():
 def test_raw_pixels_are_averaged_to_32():
     image = np.zeros((1, 1, 64, 64), np.uint8)
     image[0, 0, 0, 0:2] = 255
-    x = probe.raw_pixels(image)
-    assert x.shape == (1, 1, 1024)
-    assert x[0, 0, 0] == pytest.approx(0.0) and x[0, 0, 1] == -1
-    assert probe.raw_pixels(np.zeros((3, 3, 16, 16), np.uint8)).shape == (1, 3, 768)
+    x = features.raw_pixels(image)
+    assert x.shape == (1, 1, 1024) and x.dtype == torch.half
+    assert x[0, 0, 0] == pytest.approx(0.0, abs=1e-3) and x[0, 0, 1] == -1
+    assert features.raw_pixels(np.zeros((3, 3, 16, 16), np.uint8)).shape == (1, 3, 768)
 
 
 def test_encoding_uses_eval_mode_and_leaves_the_weights_alone():
@@ -157,11 +200,11 @@ def test_encoding_uses_eval_mode_and_leaves_the_weights_alone():
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     images = np.random.default_rng(0).integers(0, 256, (300, 1, 8, 8), dtype=np.uint8)
     cpu = torch.device("cpu")
-    a, b = (probe.encode(encoder, images, [0, 999], cpu, None, "test") for _ in range(2))
+    a, b = (features.encode(encoder, images, [0, 999], cpu, None, "test") for _ in range(2))
     assert a.shape == (2, 300, 1024) and torch.equal(a, b) and not encoder.training
     assert not torch.allclose(a[0], a[1])
-    alone = encoder(probe.to_float(torch.from_numpy(images[299:])), torch.tensor([999]))
-    assert torch.allclose(a[1, 299], alone[0], atol=1e-5)
+    alone = encoder(features.to_float(torch.from_numpy(images[299:])), torch.tensor([999]))
+    assert torch.allclose(a[1, 299].float(), alone[0], atol=1e-3)
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
 

@@ -5,6 +5,10 @@ import re
 
 from conftest import ROOT
 
+import probe
+import train
+from appendix import bench, figures, recover
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -15,7 +19,7 @@ def names(path):
 
 
 def test_each_equation_has_a_function_and_a_test():
-    rows = re.findall(r"\| `(\w+\.py):(\w+)` \| `(tests/\w+\.py)::(\w+)` \|", README)
+    rows = re.findall(r"\| `((?:appendix/)?\w+\.py):(\w+)` \| `(tests/\w+\.py)::(\w+)` \|", README)
     table = README.split("| equation | function | test |")[1].split("\n\n")[0]
     assert len(rows) == table.count("\n") - 1 >= 15  # every row of the table was understood
     for source, function, test_file, test in rows:
@@ -29,9 +33,21 @@ def test_other_tests_that_the_text_names_exist():
 
 
 def test_flags_of_the_readme_exist():
-    import probe
-    import train
+    modules = [train, probe, bench, recover, figures]
+    known = {o for m in modules for a in m.build_parser()._actions for o in a.option_strings}
+    ours = re.sub(r"torchrun .*?(?=train\.py|probe\.py)", "", README, flags=re.DOTALL)
+    for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours):
+        assert flag in known or flag == "--max-restarts", flag
 
-    known = {o for m in (train, probe) for a in m.build_parser()._actions for o in a.option_strings}
-    for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", README):
-        assert flag in known, flag
+
+def test_every_command_line_of_the_readme_is_understood():
+    """Commands inside code blocks, with their flags, are accepted by the script's own parser."""
+    scripts = {"train.py": train, "probe.py": probe, "appendix.bench": bench}
+    scripts |= {"appendix.recover": recover, "appendix.figures": figures}
+    blocks = "\n".join(re.findall(r"```\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    seen = set()
+    for name, flags in re.findall(r"(?:python (?:-m )?|torchrun .*?)(train\.py|probe\.py|"
+                                  r"appendix\.\w+)([^#&;\n]*)", blocks):  # fmt: skip
+        scripts[name].build_parser().parse_args(flags.replace("$set", "mnist").split())
+        seen.add(name)
+    assert seen >= {"train.py", "probe.py"}

@@ -1,0 +1,269 @@
+"""Charts drawn with Pillow: axes, ticks, lines, points, a legend; and pages of panels.
+
+A `Canvas` is drawn at twice its size and halved at the end, so lines and letters are smooth. All
+coordinates here are pixels of the finished picture, the origin top left. `Axes` map data to
+pixels; `line_panel` and `scatter_panel` draw into a box (left, top, right, bottom) of a canvas.
+
+Colours are Okabe and Ito's eight, which colour-blind readers tell apart; beyond eight the marker's
+shape changes too, so that no two of the first 40 look alike.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from files import written_whole
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#C9B800"]
+SHAPES = ["circle", "square", "triangle", "diamond", "cross"]
+INK, GRID, PALE = "#222222", "#E4E4E4", "#777777"
+FACTOR = 2  # drawn at this scale, then averaged
+Box = tuple[float, float, float, float]
+
+
+def style(k: int) -> tuple[str, str]:
+    """Colour and marker shape of the k-th series or class."""
+    return COLOURS[k % len(COLOURS)], SHAPES[k // len(COLOURS) % len(SHAPES)]
+
+
+class Canvas:
+    """A white page, width x height pixels when finished."""
+
+    def __init__(self, width: int, height: int):
+        self.size = (width, height)
+        self.image = Image.new("RGB", (width * FACTOR, height * FACTOR), "white")
+        self.draw = ImageDraw.Draw(self.image)
+
+    def line(self, points: list, colour: str, width: float = 1.0, dashed: bool = False) -> None:
+        """A line through points [(x, y), ...]; dashed along its whole length."""
+        scaled = [(FACTOR * x, FACTOR * y) for x, y in points]
+        pieces = dashes(scaled, 9.0 * FACTOR, 6.0 * FACTOR) if dashed else [scaled]
+        for piece in pieces:
+            self.draw.line(piece, colour, round(FACTOR * width), joint="curve")
+
+    def text(self, at: tuple, text: str, size: int = 15, anchor: str = "mm", colour: str = INK):
+        """Text at (x, y); anchor as in Pillow: l m r, then t m b (a, s for the lines of a font)."""
+        font = ImageFont.load_default(size=size * FACTOR)
+        self.draw.text((FACTOR * at[0], FACTOR * at[1]), text, colour, font, anchor=anchor)
+
+    def upright(self, at: tuple, text: str, size: int = 15) -> None:
+        """Text turned by 90 degrees, reading upwards, its middle at (x, y)."""
+        font = ImageFont.load_default(size=size * FACTOR)
+        left, top, right, bottom = font.getbbox(text)
+        label = Image.new("RGB", (round(right - left) + 8, round(bottom - top) + 8), "white")
+        ImageDraw.Draw(label).text((4 - left, 4 - top), text, INK, font)
+        label = label.rotate(90, expand=True)
+        x, y = FACTOR * at[0] - label.width / 2, FACTOR * at[1] - label.height / 2
+        self.image.paste(label, (round(x), round(y)))
+
+    def marker(self, at: tuple, colour: str, shape: str = "circle", radius: float = 4.0) -> None:
+        """One point."""
+        x, y, r = FACTOR * at[0], FACTOR * at[1], FACTOR * radius
+        if shape == "circle":
+            self.draw.ellipse((x - r, y - r, x + r, y + r), colour)
+        elif shape == "square":
+            self.draw.rectangle((x - r, y - r, x + r, y + r), colour)
+        elif shape == "cross":
+            self.draw.line((x - r, y - r, x + r, y + r), colour, max(2, round(r / 2)))
+            self.draw.line((x - r, y + r, x + r, y - r), colour, max(2, round(r / 2)))
+        else:
+            corners = [(x, y - r), (x + r, y + r), (x - r, y + r)]
+            if shape == "diamond":
+                corners = [(x, y - r), (x + r, y), (x, y + r), (x - r, y)]
+            self.draw.polygon(corners, colour)
+
+    def frame(self, box: Box, colour: str = INK, width: float = 1.0) -> None:
+        """The outline of a box."""
+        left, top, right, bottom = box
+        corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+        self.line(corners, colour, width)
+
+    def paste(self, pixels: np.ndarray, at: tuple, scale: int) -> None:
+        """An image, uint8 (C, H, W), its top left at (x, y), each pixel scale x scale."""
+        pixels = np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0)
+        big = pixels.repeat(scale * FACTOR, 0).repeat(scale * FACTOR, 1)
+        self.image.paste(Image.fromarray(big), (round(FACTOR * at[0]), round(FACTOR * at[1])))
+
+    def save(self, path: Path) -> None:
+        """Halve and write a PNG, whole or not at all."""
+        with written_whole(path) as temporary:
+            self.image.reduce(FACTOR).save(temporary, format="PNG", optimize=True)
+
+
+def dashes(points: list, on: float, off: float) -> list[list]:
+    """Cut a polyline into dashes of length `on` with gaps `off`, carried on around corners."""
+    pieces, piece, left, drawing = [], [points[0]], on, True
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        length, done = math.hypot(x1 - x0, y1 - y0), 0.0
+        while length - done > left:
+            done += left
+            cut = (x0 + (x1 - x0) * done / length, y0 + (y1 - y0) * done / length)
+            if drawing:
+                pieces.append([*piece, cut])
+            piece, drawing = [cut], not drawing
+            left = on if drawing else off
+        left -= length - done
+        piece.append((x1, y1))
+    return [*pieces, piece] if drawing and len(piece) > 1 else pieces
+
+
+# ---------------------------------------------------------------------------- axes
+
+
+def nice_ticks(low: float, high: float, most: int = 7) -> list[float]:
+    """Round numbers, 1, 2 or 5 times a power of ten apart, that lie in low .. high."""
+    rough = (high - low) / max(1, most - 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten in low .. high; 1, 2, 5 times them where there are few."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for multiples in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+        ticks = [m * 10.0**p for p in powers for m in multiples]
+        ticks = [v for v in ticks if low * 0.999 <= v <= high * 1.001]
+        if len(ticks) >= 3:
+            break
+    return ticks
+
+
+def label(value: float) -> str:
+    """A tick's number, short."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+
+
+@dataclass
+class Axes:
+    """The map from data to pixels: x_range to the box's width, y_range to its height, upwards."""
+
+    box: Box
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    log_x: bool = False
+    log_y: bool = False
+
+    def pixel(self, x: float, y: float) -> tuple[float, float]:
+        """Where a data point lies on the canvas."""
+        left, top, right, bottom = self.box
+        u = self.share(x, self.x_range, self.log_x)
+        return left + u * (right - left), bottom - self.share(y, self.y_range, self.log_y) * (
+            bottom - top
+        )
+
+    @staticmethod
+    def share(value: float, span: tuple[float, float], log: bool) -> float:
+        """0 at the low end of a span, 1 at its high end."""
+        low, high = span
+        if log:
+            value, low, high = math.log(value), math.log(low), math.log(high)
+        return (value - low) / (high - low)
+
+
+def span(values: list[float], log: bool, margin: float = 0.04) -> tuple[float, float]:
+    """A range that holds the values with a little room; never empty."""
+    low, high = min(values), max(values)
+    if log:
+        room = (high / low) ** margin if high > low else 1.5
+        return low / room, high * room
+    room = margin * (high - low) if high > low else max(1e-3, abs(high) * 0.1)
+    return low - room, high + room
+
+
+def draw_axes(canvas: Canvas, axes: Axes, title: str, x_label: str, y_label: str, x_ticks=None):
+    """Grid, ticks, their numbers, labels and title around the box."""
+    left, top, right, bottom = axes.box
+    ticks = [log_ticks if log else nice_ticks for log in (axes.log_x, axes.log_y)]
+    for x in x_ticks or ticks[0](*axes.x_range):
+        at = axes.pixel(x, axes.y_range[0])[0]
+        canvas.line([(at, top), (at, bottom)], GRID)
+        canvas.line([(at, bottom), (at, bottom + 5)], INK)
+        canvas.text((at, bottom + 9), label(x), 13, "mt")
+    for y in ticks[1](*axes.y_range):
+        at = axes.pixel(axes.x_range[0], y)[1]
+        canvas.line([(left, at), (right, at)], GRID)
+        canvas.line([(left - 5, at), (left, at)], INK)
+        canvas.text((left - 9, at), label(y), 13, "rm")
+    canvas.frame(axes.box)
+    canvas.text(((left + right) / 2, top - 18), title, 16)
+    canvas.text(((left + right) / 2, bottom + 40), x_label, 14)
+    canvas.upright((left - 62, (top + bottom) / 2), y_label, 14)
+
+
+# ---------------------------------------------------------------------------- panels
+
+
+@dataclass
+class Series:
+    """One line of a chart."""
+
+    name: str  # "" leaves it out of the legend
+    x: list[float]
+    y: list[float]
+    colour: str
+    dashed: bool = False
+    width: float = 2.0
+    shape: str | None = "circle"  # None: no markers
+
+
+def line_panel(
+    canvas: Canvas,
+    box: Box,
+    series: list[Series],
+    title: str,
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    x_ticks: list[float] | None = None,
+) -> Axes:
+    """Lines in a box, the legend to its right; returns the axes. Needs one point at least."""
+    xs = [v for s in series for v in s.x]
+    ys = [v for s in series for v in s.y]
+    axes = Axes(box, span(xs, log_x, 0.02), span(ys, log_y), log_x, log_y)
+    draw_axes(canvas, axes, title, x_label, y_label, x_ticks)
+    for s in series:
+        points = [axes.pixel(x, y) for x, y in zip(s.x, s.y)]
+        if len(points) > 1:
+            canvas.line(points, s.colour, s.width, s.dashed)
+        for point in points if s.shape else ():
+            canvas.marker(point, s.colour, s.shape, 1.5 + s.width)
+    named, right, top = [s for s in series if s.name], box[2] + 18, box[1] + 10
+    for k, s in enumerate(named):
+        y = top + 24 * k
+        canvas.line([(right, y), (right + 34, y)], s.colour, s.width, s.dashed)
+        if s.shape:
+            canvas.marker((right + 17, y), s.colour, s.shape, 1.5 + s.width)
+        canvas.text((right + 42, y), s.name, 14, "lm")
+    return axes
+
+
+def scatter_panel(
+    canvas: Canvas, box: Box, points: np.ndarray, labels: np.ndarray, title: str, radius: float
+) -> Axes:
+    """Points (N, 2) coloured by label (N,) in a box, equal scales; no ticks, as t-SNE's axes have
+    no unit. Drawn in a mixed order, so that no class hides the others."""
+    middle = (points.max(0) + points.min(0)) / 2
+    half = 1.04 * max((points.max(0) - points.min(0)).max() / 2, 1e-9)
+    left, top, right, bottom = box
+    wide, high = right - left, bottom - top
+    reach = (half * max(1, wide / high), half * max(1, high / wide))
+    ranges = [(m - r, m + r) for m, r in zip(middle, reach)]
+    axes = Axes(box, *ranges)
+    for k in np.random.default_rng(0).permutation(len(points)):
+        canvas.marker(axes.pixel(*points[k]), *style(int(labels[k])), radius)
+    canvas.frame(box, PALE)
+    canvas.text(((left + right) / 2, top - 14), title, 15)
+    return axes
+
+
+def class_legend(canvas: Canvas, at: tuple, names: list[str]) -> None:
+    """The marker and name of each class, one below the other, from (x, y) on."""
+    for k, name in enumerate(names):
+        canvas.marker((at[0], at[1] + 22 * k), *style(k), 5)
+        canvas.text((at[0] + 14, at[1] + 22 * k), name, 14, "lm")
