@@ -180,10 +180,11 @@ def permutation_stream(
 ) -> Tensor:
     """Entries start .. start + count - 1 of one endless stream of permutations of range(n), int64
     (count,). A pure function: a resumed run has nothing to restore. n may be below count."""
-    first, last = start // n, (start + count - 1) // n
-    stream = [permutation(n, seed, epoch, device) for epoch in range(first, last + 1)]
-    whole = stream[0] if len(stream) == 1 else torch.cat(stream)
-    return whole[start - first * n :][:count]
+    end, pieces = start + count, []
+    for epoch in range(start // n, end // n + 1):
+        begin = epoch * n
+        pieces.append(permutation(n, seed, epoch, device)[max(0, start - begin) : end - begin])
+    return torch.cat(pieces)
 
 
 class Batches:
