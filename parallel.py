@@ -55,7 +55,7 @@ def join(world: World, device: torch.device) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", world.local)
         torch.cuda.set_device(device)
-    # torchrun may keep its store over a restart; a prefix hides the addresses of the dead processes.
+    # torchrun may keep its store over a restart; a prefix hides the addresses of dead processes.
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -150,6 +150,7 @@ def test_only_a_restarted_process_looks_for_a_run(tmp_path, monkeypatch):
     assert restarted_run(tmp_path.glob("*")) is None
 
 
+@pytest.mark.slow
 def test_the_probe_encodes_in_parallel_with_the_same_result(tmp_path):
     write_folder(tmp_path / "set", per_class=24)
     alone(*FLAGS, "--data", "set", "--epochs", "6", cwd=tmp_path)
