@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Split, to_float
-from parallel import World, sum_to_first
+from parallel import ALONE, World, sum_to_first
 from runs import Progress
 
 PIXELS = 32  # raw pixels are compared at 32 x 32 at most: 256 x 256 are 196,608 weights a class
 IN_MEMORY = 6 * 2**30  # bytes of features kept in RAM; more goes to a file
-ALONE = World()
 
 
 def to_channels(split: Split, channels: int) -> np.ndarray:
@@ -48,8 +47,11 @@ class Features:
 
     def raw(self, index: Tensor | slice) -> Tensor:
         """Some images as the encoder gave them, fp32 on the device: (S, B, V)."""
-        index = index.to(self.values.device) if isinstance(index, Tensor) else index
-        return self.values[:, index].to(self.mean.device).float()
+        if isinstance(index, Tensor):  # index_select copies whole rows: six times as fast here
+            part = self.values.index_select(1, index.to(self.values.device))
+        else:
+            part = self.values[:, index]
+        return part.to(self.mean.device).float()
 
     def take(self, index: Tensor | slice) -> Tensor:
         """Some images standardised: (S, B, V)."""

@@ -201,6 +201,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """As the class says; `time` enters as scale and shift of the second norm."""
         h = F.silu(self.norm1(x))  # (B, C_in, H, W)
         if self.down:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)  # (B, C_in, H/2, W/2)
@@ -222,6 +223,7 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """As the class says; pixels are the tokens, channels are split over the heads."""
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x))  # (B, 3C, H, W)
         qkv = qkv.reshape(b, 3, self.heads, c // self.heads, h * w)  # (B, 3, heads, d, N)
@@ -273,6 +275,7 @@ class Encoder(nn.Module):
         return [m.conv2 if isinstance(m, ResBlock) else m.proj for m in self.layers]
 
     def forward(self, x0: Tensor, t: Tensor) -> Tensor:
+        """v_t of clean images (B, C, H, W) in [-1, 1] at times (B,) in 0..999 -> (B, V)."""
         time = F.silu(self.time_mlp(sinusoid(t, self.base).to(x0.dtype)))  # (B, E)
         h = self.stem(x0)  # (B, base, H, W)
         for layer in self.layers:
@@ -335,6 +338,7 @@ class DiTBlock(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """As the class says."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(c).chunk(6, dim=1)  # (B, D) each
         x = x + gate1[:, None] * self.self_attention(modulate(self.norm1(x), shift1, scale1))
         x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -383,6 +387,7 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """eps_theta(x_t, t, v_t) of Eq. 4.6, shapes as the class says."""
         x = self.embed(patchify(x_t, self.patch)) + self.positions  # (B, N, D)
         time = sinusoid(t, self.TIME_WIDTH).to(x_t.dtype)  # (B, 256)
         c = F.silu(self.time_mlp(time) + self.v_proj(v))  # (B, D), the same SiLU for all blocks

@@ -41,6 +41,9 @@ class World:
         return slice(self.rank * share, (self.rank + 1) * share)
 
 
+ALONE = World()  # the usual world of one process
+
+
 def world_from_environment() -> World:
     """What torchrun says, else one process alone."""
     names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}

@@ -18,10 +18,11 @@ import torch
 
 from files import DataError, written_whole
 from model import PRESETS, DiER, ModelConfig, count_parameters
-from sets import describe
+from sets import INFOS, describe
 
 RUNS = Path("runs")
-GLYPHS_MINUTES = 3.5  # the embedded set is the five-minute tour
+GLYPHS_MINUTES = 4.0  # the embedded set is the five-minute tour, probe included
+HIDDEN = ("model", "row", "method", "launch")  # settings that are not printed among the others
 # A resumed run keeps these from its checkpoint; the others may change.
 FIXED = [
     "data",
@@ -185,6 +186,22 @@ def parameter_counts(settings: dict[str, Any]) -> dict[str, int]:
     return {"dit": count_parameters(model.dit), "encoder": count_parameters(model.encoder)}
 
 
+def describe_run(settings: dict, counts: dict[str, int], run: Path, auto: bool) -> None:
+    """Print what will be trained, every resolved value included."""
+    total = sum(counts.values()) / 1e6
+    why = "no GPU: " if auto and settings["preset"] == "cpu" else ""
+    more = "; --preset paper for Table 4" if settings["preset"] == "cpu" else ""
+    print(f"{why}preset {settings['preset']}, {total:.1f}M parameters{more}")
+    print(f"encoder {counts['encoder'] / 1e6:.2f}M, DiT {counts['dit'] / 1e6:.2f}M, run {run}")
+    model = " ".join(
+        f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}"
+        for k, v in settings["model"].items()
+    )
+    rest = {k: v for k, v in settings.items() if k not in HIDDEN}
+    print(f"model: {model}")
+    print("train: " + " ".join(f"{k}={v}" for k, v in rest.items()))
+
+
 # ---------------------------------------------------------------------------- runs on disk
 
 
@@ -307,3 +324,47 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message}; --help lists the flags")
+
+
+def build_parser(doc: str = "") -> argparse.ArgumentParser:
+    """The flags of train.py, each with its unit and default; `resolve` turns them into settings.
+    `doc` is the script's docstring, whose commands --help repeats."""
+    p = Parser(
+        description="Train DiER. Defaults come from the preset; --dry-run shows them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=doc.partition("\n\n")[2].partition("\n\n")[0],
+    )
+    add = p.add_argument
+    add("--data", help=f"{', '.join(INFOS)}, or a folder of images (default glyphs)")
+    add("--data-dir", type=Path, default=Path("data"), help="sets live here (data)")
+    add("--preset", choices=["auto", *PRESETS], default="auto", help="paper: Table 4; cpu: minutes "
+        "on two cores; auto: paper with CUDA, else cpu")  # fmt: skip
+    add("--epochs", type=positive, help="passes over the training set (paper: 200)")
+    add("--minutes", type=positive, help="wall time from the first step, of this call (cpu: 30; "
+        f"glyphs {GLYPHS_MINUTES:g}); with --epochs, the first reached stops")  # fmt: skip
+    add("--batch-size", type=whole, help="images a step, of all processes together")
+    add("--lr", type=positive, help="constant learning rate of Adam")
+    add("--ema", type=fraction, help="decay of the weight average (0.9999)")
+    add("--clip", type=not_negative, help="largest gradient norm, 0 = off (1.0)")
+    add("--dropout", type=fraction, help="in the encoder's blocks")
+    add("--flip", action=argparse.BooleanOptionalAction,
+        help="random horizontal flips (default: on, but off for digits)")  # fmt: skip
+    add("--size", type=whole, help="pixels: images are resized to size x size")
+    add("--model", default="", metavar="KEY=VALUE,...",
+        help="sizes of Table 4, such as hidden=128,depth=4,mult=1,2,4")  # fmt: skip
+    add("--seed", type=count, help="of weights, batches, t, eps and dropout (0)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (auto: cuda if any)")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
+        help="mixed precision (auto: where the hardware multiplies it natively)")  # fmt: skip
+    add("--accum", type=whole, default=1, metavar="N",
+        help="put the batch through in N pieces: less memory, the same gradients (1)")  # fmt: skip
+    add("--checkpoint-activations", action="store_true", help="compute activations again in "
+        "backward: less memory, a third more time (off)")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile both networks (off)")
+    add("--limit", type=count, default=0,
+        help="train on a sample of N images, equal over the classes (0 = all)")  # fmt: skip
+    add("--run", help="name or path of the run (default: after the data set)")
+    add("--resume", action="store_true", help="go on from the checkpoint of --run")
+    add("--dry-run", action="store_true", help="print the settings, train nothing")
+    add("--json", action="store_true", help="print one JSON object as the last line")
+    return p

@@ -20,7 +20,6 @@ With --json the last line printed is one JSON object: parameters {dit, encoder} 
 flag, plus steps, images, seconds and loss after training. With --dry-run that needs no data set.
 """
 
-import argparse
 import contextlib
 import copy
 import json
@@ -41,8 +40,9 @@ from torch.nn.parallel import DistributedDataParallel
 from data import Batches, load, mix_seed, save_grid, to_float
 from diffusion import T, alphas_cumprod, eps_loss, predict_x0, q_sample
 from files import written_whole
-from model import PRESETS, DiER
+from model import DiER
 from parallel import (
+    ALONE,
     World,
     agree,
     ending_together,
@@ -56,32 +56,25 @@ from parallel import (
 )
 from runs import (
     RUNS,
-    Parser,
     Progress,
+    build_parser,
     clock,
-    count,
     cut_log,
+    describe_run,
     fail,
     find_run,
-    fraction,
     model_config,
     new_run,
-    not_negative,
     parameter_counts,
     pick_amp,
-    positive,
     read_checkpoint,
     resolve,
     resolve_resume,
     run_main,
     run_path,
-    whole,
 )
-from sets import INFOS
 
-ALONE = World()  # the usual world of one process
 SAVE_SECONDS = 60.0  # a crash costs at most this much training
-HIDDEN = ("model", "row", "method", "launch")  # settings that are not printed among the others
 PREVIEW_SECONDS, PREVIEW_TIMES = 150.0, (100, 300, 500, 700, 900)
 
 
@@ -396,83 +389,9 @@ def train(state: TrainState, batches: Batches, run: Path) -> float:
 # ---------------------------------------------------------------------------- command line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Every flag, with its unit and default."""
-    p = Parser(
-        description="Train DiER. Defaults come from the preset; --dry-run shows them.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="".join(__doc__.partition("\n\n")[2].partition("\n\n")[0]),
-    )
-    names = ", ".join(INFOS)
-    p.add_argument("--data", help=f"{names}, or a folder of images (default glyphs)")
-    p.add_argument("--data-dir", type=Path, default=Path("data"), help="sets live here (data)")
-    p.add_argument(
-        "--preset",
-        choices=["auto", *PRESETS],
-        default="auto",
-        help="paper: Table 4; cpu: minutes on two cores; auto: paper with CUDA, else cpu",
-    )
-    p.add_argument("--epochs", type=positive, help="passes over the training set (paper: 200)")
-    p.add_argument(
-        "--minutes",
-        type=positive,
-        help="wall time from the first step, of this call "
-        "(cpu: 30; glyphs 3.5); with --epochs, the first reached stops",
-    )
-    p.add_argument("--batch-size", type=whole, help="images a step")
-    p.add_argument("--lr", type=positive, help="constant learning rate of Adam")
-    p.add_argument("--ema", type=fraction, help="decay of the weight average (0.9999)")
-    p.add_argument("--clip", type=not_negative, help="largest gradient norm, 0 = off (1.0)")
-    p.add_argument("--dropout", type=fraction, help="in the encoder's blocks")
-    p.add_argument(
-        "--flip",
-        action=argparse.BooleanOptionalAction,
-        help="random horizontal flips (default: on, but off for digits)",
-    )
-    p.add_argument("--size", type=whole, help="pixels: images are resized to size x size")
-    p.add_argument(
-        "--model",
-        default="",
-        metavar="KEY=VALUE,...",
-        help="sizes of Table 4, such as hidden=128,depth=4,mult=1,2,4",
-    )
-    p.add_argument("--seed", type=count, help="of weights, batches, t, eps and dropout (0)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (auto: cuda if any)")
-    p.add_argument(
-        "--amp",
-        choices=["auto", "bf16", "fp16", "off"],
-        default="auto",
-        help="mixed precision (auto: where the hardware multiplies it natively)",
-    )
-    p.add_argument(
-        "--accum",
-        type=whole,
-        default=1,
-        metavar="N",
-        help="put the batch through in N pieces, for less memory; the same gradients (1)",
-    )
-    p.add_argument(
-        "--checkpoint-activations",
-        action="store_true",
-        help="compute activations again in backward: less memory, a third more time (off)",
-    )
-    p.add_argument("--compile", action="store_true", help="torch.compile both networks (off)")
-    p.add_argument(
-        "--limit",
-        type=count,
-        default=0,
-        help="train on a sample of N images, equal over the classes (0 = all)",
-    )
-    p.add_argument("--run", help="name or path of the run (default: after the data set)")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint of --run")
-    p.add_argument("--dry-run", action="store_true", help="print the settings, train nothing")
-    p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    return p
-
-
 def main(argv: list[str] | None = None) -> None:
     """Resolve the settings, build or restore a run, train it, say what comes next."""
-    args = build_parser().parse_args(argv)
+    args = build_parser(__doc__).parse_args(argv)
     state_dict, world = None, world_from_environment()
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, one process speaks for all
@@ -505,22 +424,6 @@ def main(argv: list[str] | None = None) -> None:
             result |= run_training(settings, state_dict, run, device, world)
     if args.json:
         print(json.dumps(result))
-
-
-def describe_run(settings: dict, counts: dict[str, int], run: Path, auto: bool) -> None:
-    """Print what will be trained, every resolved value included."""
-    total = sum(counts.values()) / 1e6
-    why = "no GPU: " if auto and settings["preset"] == "cpu" else ""
-    more = "; --preset paper for Table 4" if settings["preset"] == "cpu" else ""
-    print(f"{why}preset {settings['preset']}, {total:.1f}M parameters{more}")
-    print(f"encoder {counts['encoder'] / 1e6:.2f}M, DiT {counts['dit'] / 1e6:.2f}M, run {run}")
-    model = " ".join(
-        f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}"
-        for k, v in settings["model"].items()
-    )
-    rest = {k: v for k, v in settings.items() if k not in HIDDEN}
-    print(f"model: {model}")
-    print("train: " + " ".join(f"{k}={v}" for k, v in rest.items()))
 
 
 def run_training(

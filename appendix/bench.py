@@ -28,12 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import probe
 import train
 from appendix.chart import SHAPES, Canvas, Series, line_panel, style
+from appendix.counts import ASSUMED, TRAINING_IMAGES, estimate, flops_per_image, saved_bytes
 from appendix.reference import PlainDiER, PlainTraining
 from data import Batches
 from features import Features, encode
@@ -170,42 +169,6 @@ def take_turns(jobs: dict[str, tuple], rounds: int = ROUNDS) -> dict[str, dict[s
 
 
 # ---------------------------------------------------------------------------- single measurements
-
-
-def flops_per_image(settings: dict[str, Any]) -> int:
-    """Floating point operations of forward and backward for one image, counted on `meta`."""
-    with torch.device("meta"):
-        model = DiER(model_config(settings))
-        x = torch.empty(2, settings["channels"], settings["size"], settings["size"])
-        t = torch.zeros(2, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter:
-        model(x, t, x).mean().backward()
-    return counter.get_total_flops() // 2
-
-
-def saved_bytes(settings: dict[str, Any]) -> int:
-    """Bytes that forward keeps for backward, for each image, in fp32; weights not counted. Nothing
-    is computed: the tensors live on `meta`."""
-    kept: dict[int, int] = {}
-    with torch.device("meta"):
-        model = DiER(model_config(settings))
-        x = torch.empty(2, settings["channels"], settings["size"], settings["size"])
-        t = torch.zeros(2, dtype=torch.int64)
-    model.checkpoint_activations(settings["checkpoint_activations"])
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-
-    def pack(y: Tensor) -> Tensor:
-        """Note a saved tensor once for each storage."""
-        storage = y.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return y
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
-        loss = model(x, t, x)
-        total = sum(kept.values())
-    del loss
-    return total // 2
 
 
 def split_times(settings: dict[str, Any], rounds: int = 15) -> dict[str, float]:
@@ -407,54 +370,6 @@ def probe_cost(settings: dict[str, Any], images: int) -> dict[str, float]:
     heads = time.perf_counter() - start
     ratio = (100 * encoding + heads) / (encoding + heads)
     return {"images": images, "encode_s": encoding, "heads_s": heads, "ratio": ratio}
-
-
-# ---------------------------------------------------------------------------- estimate
-
-TRAINING_IMAGES = {  # of the official training sets
-    "mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000, "tiny-imagenet": 100_000,
-    "bccd": 9_957, "oct2017": 83_484,
-}  # fmt: skip
-ASSUMED = {
-    "gpu": "one with 150 TFLOP/s of bf16 and 48 GB, such as the paper's RTX A6000",
-    "peak_flops": 150e12,
-    "mfu": 0.25,
-    "all_reduce_bytes_per_s": 10e9,
-    "formula": "hours = steps x (batch x flops_per_image / (gpus x mfu x peak_flops) "
-    "+ 2 (gpus - 1) / gpus x 4 x parameters / all_reduce_bytes_per_s) / 3600; "
-    "memory = 20 x parameters + batch / gpus x saved_bytes_per_image",
-    "not_counted": "evaluation, loading, overlap of all-reduce with backward, allocator slack; "
-    "saved bytes are counted in fp32, bf16 keeps about half",
-}
-
-
-def estimate() -> dict[str, Any]:
-    """Hours and memory of the Table 4 presets at 200 epochs on 1, 8 and 64 GPUs: arithmetic on
-    FLOPs and stated assumptions, not a measurement."""
-    rows: list[dict[str, Any]] = []
-    counted: dict[str, tuple[int, int]] = {}  # cifar10 and cifar100 have one model
-    for data, images in TRAINING_IMAGES.items():
-        flags = ["--data", data, "--preset", "paper", "--device", "cpu"]
-        settings = settings_of(build_parser().parse_args(flags))
-        key = json.dumps(settings["model"])
-        if key not in counted:
-            counted[key] = flops_per_image(settings), saved_bytes(settings)
-        flops, saved = counted[key]
-        parameters, batch = sum(parameter_counts(settings).values()), settings["batch_size"]
-        steps = settings["epochs"] * images / batch
-        for gpus in (1, 8, 64):
-            if batch % gpus:
-                continue
-            compute = batch * flops / (gpus * ASSUMED["mfu"] * ASSUMED["peak_flops"])
-            reduce = 2 * (gpus - 1) / gpus * 4 * parameters / ASSUMED["all_reduce_bytes_per_s"]
-            memory = 20 * parameters + batch / gpus * saved
-            rows.append({
-                "data": data, "gpus": gpus, "hours": steps * (compute + reduce) / 3600,
-                "memory_gb": memory / 1e9, "steps": round(steps), "batch_size": batch,
-                "parameters": parameters, "flops_per_image": flops,
-                "saved_bytes_per_image": saved, "all_reduce_bytes_per_step": 4 * parameters,
-            })  # fmt: skip
-    return {"measured": False, "assumptions": ASSUMED, "rows": rows}
 
 
 # ---------------------------------------------------------------------------- command line

@@ -59,7 +59,7 @@ def test_heads_equal_a_plain_loop_over_heads_and_times():
     orders = [torch.randperm(96, generator=generator) for _ in range(12)]
     for s in range(2):
         for head in range(4):
-            w = start[s, :, 4 * head : 4 * head + 4].clone().requires_grad_()
+            w = start[s, 4 * head : 4 * head + 4].T.clone().requires_grad_()
             b = torch.zeros(4, requires_grad=True)
             optimizer = torch.optim.AdamW([w, b], weight_decay=0.05)
             for step in range(36):
@@ -70,8 +70,8 @@ def test_heads_equal_a_plain_loop_over_heads_and_times():
                 optimizer.zero_grad()
                 F.cross_entropy(x[s, keep] @ w + b, y[keep]).backward()
                 optimizer.step()
-            assert torch.allclose(weight[s, :, 4 * head : 4 * head + 4], w, atol=5e-5)
-            assert torch.allclose(bias[s, 0, 4 * head : 4 * head + 4], b, atol=5e-5)
+            assert torch.allclose(weight[s, 4 * head : 4 * head + 4].T, w, atol=5e-5)
+            assert torch.allclose(bias[s, 4 * head : 4 * head + 4, 0], b, atol=5e-5)
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
@@ -82,8 +82,8 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 def test_top5_counts_the_first_five():
     x, labels = torch.eye(12)[None], torch.arange(12)
-    weight = torch.arange(12.0).expand(12, 12)[None].clone()  # class 11 always wins, then 10, ...
-    ranks = probe.head_ranks(plain(x), labels, weight, torch.zeros(1, 1, 12), 12)
+    weight = torch.arange(12.0).expand(12, 12).T[None].clone()  # class 11 wins, then 10, ...
+    ranks = probe.head_ranks(plain(x), labels, weight, torch.zeros(1, 12, 1), 12)
     assert ranks.shape == (1, 1, 12) and ranks[0, 0].tolist() == list(range(11, -1, -1))
 
 
