@@ -35,6 +35,9 @@ def test_saved_bytes_fall_with_recomputation_and_count_no_weights():
         bench.saved_bytes(settings(*flags)) for flags in ([], ["--checkpoint-activations"])
     )
     assert 0 < again < 0.6 * plain
+    big = settings("--model", TINY[3].replace("hidden=16", "hidden=256"))
+    weights = 4 * sum(train.parameter_counts(big).values())
+    assert bench.saved_bytes(big) < 0.2 * weights
     wide = bench.saved_bytes(settings("--model", TINY[3].replace("base=8", "base=32")))
     assert wide > 2 * plain
 

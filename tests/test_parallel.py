@@ -65,17 +65,21 @@ def test_two_processes_learn_what_one_learns_and_runs_pass_between_them(tmp_path
     assert sorted(p.name for p in (tmp_path / "runs/two").iterdir()) == [
         "checkpoint.pt", "config.json", "log.jsonl", "preview.png",
     ]  # fmt: skip
-    # a run of one process goes on with two, and the reverse
-    more = ["train.py", "--device", "cpu", "--amp", "off", "--resume", "--epochs", "14", "--run"]
-    done = torchrun(*more, "one", cwd=tmp_path)
+    # a run of one process goes on with two, which save at every agreement, and the reverse
+    often = write_script(tmp_path, -1.0)
+    more = ["train.py", "--device", "cpu", "--amp", "off", "--resume", "--epochs", "17", "--run"]
+    done = torchrun(often, *more[1:], "one", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     alone(*more[1:], "two", cwd=tmp_path)
-    a, b = log(tmp_path / "runs/one"), log(tmp_path / "runs/two")
-    assert a[-1]["step"] == b[-1]["step"] == 42 or a[-1]["step"] == b[-1]["step"]
+    a, b = (log(tmp_path / f"runs/{name}")[-1] for name in ("one", "two"))
+    assert a["step"] == b["step"] == 50  # the window began before the resumption, at step 21
+    assert a["loss"] == pytest.approx(b["loss"], abs=3e-4)
+    for x, y in zip(a["loss_by_t"], b["loss_by_t"]):
+        assert x == pytest.approx(y, abs=1e-3)
     states = [
         torch.load(tmp_path / f"runs/{n}/checkpoint.pt", weights_only=True) for n in ("one", "two")
     ]
-    assert states[0]["step"] == states[1]["step"] == 42
+    assert states[0]["step"] == states[1]["step"] == 51
     for key, value in states[0]["model"].items():
         assert torch.allclose(value, states[1]["model"][key], atol=2e-3), key
 
@@ -93,18 +97,24 @@ def test_a_batch_that_cannot_be_shared_is_one_clear_line(tmp_path):
     assert "--batch-size 9 is not a multiple of 1 process(es) x --accum 2; use 10" in done.stderr
 
 
-def kill_one(tmp_path, launch=()):
-    """Start two processes that save every 0.3 s, and kill rank 1 after the first checkpoint."""
-    write_folder(tmp_path / "set", per_class=24)
-    often = tmp_path / "train_often.py"
-    often.write_text(
+def write_script(tmp_path, seconds):
+    """train.py, but with a checkpoint every so many seconds, and its process id in a file."""
+    path = tmp_path / "train_often.py"
+    path.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os, train\n"
         "open(f'pid-{os.environ[\"RANK\"]}-{os.environ[\"TORCHELASTIC_RESTART_COUNT\"]}', 'w')"
         ".write(str(os.getpid()))\n"
-        "train.SAVE_SECONDS = 0.3\ntrain.run_main(train.main)\n"
+        f"train.SAVE_SECONDS = {seconds}\ntrain.run_main(train.main)\n"
     )
+    return str(path)
+
+
+def kill_one(tmp_path, launch=()):
+    """Start two processes that save every 0.3 s, and kill rank 1 after the first checkpoint."""
+    write_folder(tmp_path / "set", per_class=24)
+    often = write_script(tmp_path, 0.3)
     flags = [*FLAGS, "--data", "set", "--epochs", "200"]  # 600 steps
-    started = torchrun(str(often), *flags, cwd=tmp_path, launch=launch, wait=False)
+    started = torchrun(often, *flags, cwd=tmp_path, launch=launch, wait=False)
     path, until = tmp_path / "runs/set/checkpoint.pt", time.monotonic() + 60
     while not path.exists() and time.monotonic() < until:
         time.sleep(0.05)

@@ -1,5 +1,6 @@
 """appendix/recover.py: the chain with an oracle, the modes, pages that hold the images given."""
 
+import argparse
 import math
 
 import numpy as np
@@ -42,6 +43,76 @@ def test_an_oracle_recovers_the_image_from_noise_and_from_its_code(steps):
         assert torch.allclose(recover.from_noise(model, v, noise, steps, eta, 0), x0, atol=1e-9)
     code = recover.encode_code(model, v, x0, steps)
     assert torch.allclose(recover.from_code(model, v, code, steps), x0, atol=1e-9)
+
+
+def test_only_decoding_from_noise_clips_and_eta_adds_noise():
+    x0 = torch.rand(2, 1, 4, 4, dtype=torch.float64) * 4 - 2  # beyond [-1, 1]
+    v = recover.trajectory(Oracle(), x0, diffusion.ddim_times(7))
+    noise = torch.randn(x0.shape, dtype=torch.float64)
+    code = recover.encode_code(Oracle(), v, x0, 7)
+    assert torch.allclose(recover.from_code(Oracle(), v, code, 7), x0, atol=1e-9)
+    assert recover.from_noise(Oracle(), v, noise, 7, 0.0, 0).abs().max() <= 1
+
+    class Still(Oracle):
+        """Sees no noise, so that what is added stays in the picture."""
+
+        def dit(self, x_t, t, v):
+            return torch.zeros_like(x_t)
+
+    small = 1e-3 * noise
+    a, b, c, d = (
+        recover.from_noise(Still(), v, small, 7, eta, seed)
+        for eta, seed in ((0.0, 0), (1.0, 0), (1.0, 0), (1.0, 1))
+    )
+    assert torch.equal(b, c) and not torch.allclose(a, b) and not torch.allclose(b, d)
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    """The rows that a mode would draw."""
+    drawn = []
+    monkeypatch.setattr(
+        recover, "table_page", lambda rows, heads, path: drawn.append((rows, heads))
+    )
+    return drawn
+
+
+def flags(**change):
+    return argparse.Namespace(**{"steps": 7, "eta": 0.0, "seed": 0, **change})
+
+
+def test_swap_puts_codes_in_rows_and_v_in_columns(pages, tmp_path):
+    x0 = torch.rand(3, 1, 4, 4, dtype=torch.float64) * 2 - 1
+    recover.swap(Oracle(), x0, flags(), tmp_path)
+    rows, heads = pages[0]
+    assert len(rows) == len(heads) == 4 and torch.equal(rows[0][1][1:], x0)
+    for i in range(3):  # the oracle's v is the image itself: column j shows image j in each row
+        assert torch.equal(rows[i + 1][1][0], x0[i])
+        assert torch.allclose(rows[i + 1][1][1:], x0, atol=1e-9)
+
+
+def test_interpolation_goes_from_the_first_image_to_the_second(pages, tmp_path):
+    x0 = torch.rand(4, 1, 4, 4, dtype=torch.float64) * 2 - 1
+    recover.interpolate(Oracle(), x0, flags(), tmp_path)
+    rows, heads = pages[0]
+    assert len(rows) == 2 and len(heads) == 9
+    for row, (a, b) in zip(rows, ((x0[0], x0[1]), (x0[2], x0[3]))):
+        assert torch.equal(row[1][0], a) and torch.equal(row[1][-1], b)
+        for k in range(7):
+            assert torch.allclose(row[1][1 + k], torch.lerp(a, b, k / 6), atol=1e-9)
+
+
+def test_one_step_estimates_use_the_v_that_the_row_names(pages, tmp_path):
+    x0 = torch.rand(3, 1, 4, 4, dtype=torch.float64) * 2 - 1
+    mean = {t: torch.full((1, 16), 0.25, dtype=torch.float64) for t in recover.TIMES}
+    recover.timesteps(Oracle(), x0, flags(), tmp_path, mean)
+    rows = pages[0][0]
+    assert [name for name, _ in rows[:5]] == ["x_t", "right v", "another's v", "mean v", "zero v"]
+    want = {"right v": x0[1], "another's v": x0[0], "mean v": 0.25 + 0 * x0[1], "zero v": 0 * x0[1]}
+    for name, images in rows[5:10]:  # of the second image
+        if name in want:
+            assert torch.allclose(images, want[name].expand_as(images), atol=1e-9), name
+    assert not torch.allclose(rows[5][1][0], rows[5][1][10])  # x_t at t = 0 and 999
 
 
 def test_slerp_keeps_the_length_and_meets_both_ends():

@@ -1,5 +1,6 @@
 """model.py against the plain networks of appendix/reference.py, with every parameter random."""
 
+import contextlib
 import copy
 
 import numpy as np
@@ -11,6 +12,7 @@ import model as M
 import train
 from appendix.reference import PlainDiER, PlainTraining
 from data import Batches, load
+from parallel import World
 
 SIZES = {
     "two levels": M.ModelConfig(8, 1, 4, 16, 2, 2, 8, 1, (1, 2), (4,), 2, dropout=0.0),
@@ -110,6 +112,42 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(amp):
     for a, b in zip(weights[0].values(), weights[1].values()):  # first moment: 0.1 x gradient
         scale = a["exp_avg"].abs().max()
         assert (a["exp_avg"] - b["exp_avg"]).abs().max() <= 50 * tolerance * scale + 1e-9
+
+
+def test_only_the_last_piece_makes_processes_exchange_gradients():
+    class Net(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.alone = model, 0
+
+        def forward(self, *args):
+            return self.model(*args)
+
+        def no_sync(self):
+            self.alone += 1
+            return contextlib.nullcontext()
+
+    flags = ["--data", "mnist", "--device", "cpu", "--accum", "4", *TINY]
+    args = train.build_parser().parse_args(flags)
+    args.seed = 0
+    state = train.TrainState(train.resolve(args), torch.device("cpu"))
+    state.world, state.net = World(0, 2), Net(state.model)
+    x0, eps = torch.randn(2, 8, 1, 8, 8)
+    train.training_step(state, x0, torch.arange(8), eps)
+    assert state.net.alone == 3
+
+
+def test_recomputation_reaches_both_networks():
+    model = M.DiER(SIZES["two levels"])
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0, 999])
+    calls = []
+    for part in (model.encoder.layers[0], model.dit.blocks[0]):
+        part.register_forward_pre_hook(lambda *_: calls.append(1))
+    for on, times in ((False, 2), (True, 4)):  # forward, and again in backward
+        model.checkpoint_activations(on)
+        calls.clear()
+        model(x, t, x).mean().backward()
+        assert len(calls) == times
 
 
 @pytest.mark.slow
