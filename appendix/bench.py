@@ -349,7 +349,7 @@ def probe_cost(settings: dict[str, Any], images: int) -> dict[str, float]:
     than encoding again in each of 100 epochs: (100 E + H) / (E + H)."""
     device = torch.device(settings["device"])
     encoder = DiER(model_config(settings)).encoder.to(device)
-    part = 256 if settings["preset"] == "cpu" else 16
+    part = 1000 if settings["preset"] == "cpu" else 16
     shape = (part, settings["channels"], settings["size"], settings["size"])
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     amp = pick_amp(settings["amp"], device)

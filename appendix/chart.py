@@ -262,8 +262,10 @@ def scatter_panel(
     return axes
 
 
-def class_legend(canvas: Canvas, at: tuple, names: list[str]) -> None:
-    """The marker and name of each class, one below the other, from (x, y) on."""
+def class_legend(canvas: Canvas, at: tuple, names: list[str], rows: int = 40, wide: int = 150):
+    """The marker and name of each class from (x, y) on, `rows` of them below one another, then a
+    new column `wide` pixels to the right."""
     for k, name in enumerate(names):
-        canvas.marker((at[0], at[1] + 22 * k), *style(k), 5)
-        canvas.text((at[0] + 14, at[1] + 22 * k), name, 14, "lm")
+        x, y = at[0] + k // rows * wide, at[1] + k % rows * 22
+        canvas.marker((x, y), *style(k), 5)
+        canvas.text((x + 14, y), name, 14, "lm")

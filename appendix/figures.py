@@ -227,9 +227,7 @@ def figure_7(run: Run, embedder: Embedder, args: argparse.Namespace, path: Path)
         if t == chosen_t(run):
             canvas.frame(box, COLOURS[1], 4)
     left, top = 20 + 3 * (side + 16), 66 + 2 * (side + 44)
-    half = (len(names) + 1) // 2
-    class_legend(canvas, (left + 16, top + 16), names[:half])
-    class_legend(canvas, (left + 16 + side / 2, top + 16), names[half:])
+    class_legend(canvas, (left + 16, top + 16), names, (len(names) + 1) // 2, side // 2)
     canvas.save(path)
 
 

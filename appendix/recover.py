@@ -185,7 +185,8 @@ def recover(model: DiER, x0: Tensor, args: argparse.Namespace, run: Path) -> Non
     """Figs. 8-13: from random noise and from stochastic codes, beside the true images."""
     x_T = torch.randn(x0.shape, generator=torch.Generator().manual_seed(args.seed)).to(x0.device)
     columns = math.ceil(len(x0) ** 0.5)
-    for steps in [*(CURVE if args.curve else ()), args.steps]:
+    curve = [steps for steps in CURVE if args.curve and steps != args.steps]
+    for steps in [*curve, args.steps]:  # the last one is drawn
         v = trajectory(model, x0, ddim_times(steps))
         noise = from_noise(model, v, x_T, steps, args.eta, args.seed)
         code = from_code(model, v, encode_code(model, v, x0, steps), steps)

@@ -87,6 +87,14 @@ def test_the_first_forty_styles_differ_and_every_marker_is_seen(tmp_path):
         assert (part[:, :, 2] < 130).sum() == pytest.approx(area, rel=0.1), shape
 
 
+def test_a_legend_in_two_columns_goes_on_counting(tmp_path):
+    canvas = chart.Canvas(300, 120)
+    chart.class_legend(canvas, (20, 20), list("abcd"), rows=2, wide=140)
+    page = pixels(canvas, tmp_path)
+    for k, at in enumerate(((20, 20), (20, 42), (160, 20), (160, 42))):
+        assert colour_at(page, at) == chart.COLOURS[k]
+
+
 # ---------------------------------------------------------------------------- t-SNE
 
 
