@@ -36,7 +36,7 @@ from torch import Tensor
 
 from data import Split, load, mix_seed
 from diffusion import T
-from features import Features, encode, moments, normalise, raw_pixels, to_channels
+from features import encode, moments, pick, raw_pixels, standardise, to_channels
 from files import written_whole
 from model import DiER, Encoder
 from parallel import (
@@ -99,7 +99,7 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
 
 
 def train_heads(
-    features: Features,
+    features: Tensor,
     labels: Tensor,
     folds: Tensor,
     classes: int,
@@ -108,22 +108,19 @@ def train_heads(
     batch_size: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Train all heads at once: N images at S times, labels (N,), folds (N,) in -1 .. F - 1
+    """Train all heads at once: features (N, S, V), labels (N,), folds (N,) in -1 .. F - 1
     -> weights (S, H * K, V) and biases (S, H * K, 1), H = 1 + F.
 
     Head 0 learns from every image, head f + 1 from those outside fold f: a mask on the loss, so
-    that one gather and one product serve them all. Standardising a batch would cost a pass over
-    it; instead the small weights are rescaled: w (x - m) / d + b = (w / d) x + (b - (w / d) m).
-    Classes are rows of the logits, images columns: both products are twice as fast that way.
-    After the last epoch, never the best of them.
+    that one gather and one product serve them all. Classes are rows of the logits, images columns:
+    both products are twice as fast that way. After the last epoch, never the best of them.
     """
-    s, n, width = features.values.shape
-    heads, device = 2 + int(folds.max()), features.mean.device
+    n, s, width = features.shape
+    heads, device = 2 + int(folds.max()), labels.device
     generator = torch.Generator().manual_seed(mix_seed(seed, 2))
     weight = 0.01 * torch.randn(s, heads * classes, width, generator=generator)  # normal(0.01)
     weight = weight.to(device).requires_grad_()
     bias = torch.zeros(s, heads * classes, 1, device=device, requires_grad=True)
-    mean = features.mean.transpose(1, 2)  # (S, V, 1)
     optimizer = torch.optim.AdamW([weight, bias], peak, weight_decay=WEIGHT_DECAY, fused=True)
     own = torch.arange(-1, heads - 1, device=device)  # the fold that head h leaves out
     batch_size = min(batch_size, n)
@@ -137,9 +134,8 @@ def train_heads(
             optimizer.param_groups[0]["lr"] = learning_rate(
                 epoch * per_epoch + i, total, warmup, peak
             )
-            w = weight / features.std  # (S, H * K, V)
-            b = torch.baddbmm(bias, w, mean, alpha=-1)  # (S, H * K, 1)
-            logits = torch.baddbmm(b, w, features.raw(index).transpose(1, 2))  # (S, H * K, B)
+            x = pick(features, index, device).transpose(1, 2)  # (S, V, B)
+            logits = torch.baddbmm(bias, weight, x)  # (S, H * K, B)
             logits = logits.view(s * heads, classes, batch_size)
             target = labels[index].expand(s * heads, batch_size)
             loss = F.cross_entropy(logits, target, reduction="none")  # (S * H, B)
@@ -156,12 +152,13 @@ def train_heads(
 
 
 @torch.no_grad()
-def head_ranks(features: Features, labels: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
-    """How many classes score above the right one, for each head: N images at S times, labels (N,)
-    -> (S, H, N) int; 0 is a top-1 hit, below 5 a top-5 hit."""
+def head_ranks(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
+    """How many classes score above the right one, for each head: features (N, S, V),
+    labels (N,) -> (S, H, N) int; 0 is a top-1 hit, below 5 a top-5 hit."""
     s, ranks = len(weight), []
     for first in range(0, len(labels), 2000):
-        x, y = features.take(slice(first, first + 2000)), labels[first : first + 2000]
+        rows = slice(first, first + 2000)
+        x, y = pick(features, rows, labels.device), labels[rows]
         logits = torch.baddbmm(bias, weight, x.transpose(1, 2))  # (S, H * K, B)
         logits = logits.view(s, -1, k, x.shape[1])  # (S, H, K, B)
         right = logits.gather(2, y.expand(s, logits.shape[1], 1, -1))  # (S, H, 1, B)
@@ -171,15 +168,15 @@ def head_ranks(features: Features, labels: Tensor, weight: Tensor, bias: Tensor,
 
 @torch.no_grad()
 def knn_accuracy(
-    train: Features, test: Features, s: int, y_train: Tensor, y_test: Tensor, k: int
+    train: Tensor, test: Tensor, s: int, y_train: Tensor, y_test: Tensor, k: int
 ) -> float:
     """Percent of test images whose 20 nearest training images at time number s, by cosine, vote
     for their class; of equal votes the lowest class wins. Reads the training images in blocks."""
 
-    def rows(features: Features, first: int) -> Tensor:
+    def rows(features: Tensor, first: int) -> Tensor:
         """A block of unit vectors (B, V)."""
-        part = features.values[s, first : first + KNN_BLOCK].to(features.mean.device).float()
-        return F.normalize((part - features.mean[s]) / features.std[s], dim=1)
+        part = features[first : first + KNN_BLOCK, s].to(y_train.device).float()
+        return F.normalize(part, dim=1)
 
     hits, n = 0, len(y_train)
     for first in range(0, len(y_test), KNN_BLOCK):
@@ -210,9 +207,9 @@ class Task:
     batch_size: int
     seeds: int
 
-    def evaluate(self, train: Features, test: Features) -> list[dict[str, float | None]]:
-        """Train and score the heads on N and M images at S times: for each t top1, top5 (None up
-        to 10 classes), held_out, in percent; top1_std where there are several seeds."""
+    def evaluate(self, train: Tensor, test: Tensor) -> list[dict[str, float | None]]:
+        """Train and score the heads of features (N, S, V) and (M, S, V): for each t top1, top5
+        (None up to 10 classes), held_out, in percent; top1_std where there are several seeds."""
         runs = []
         for seed in range(self.seeds):
             weight, bias = train_heads(
@@ -234,7 +231,7 @@ class Task:
                 rows[-1]["top1_std"] = stacked[:, 0, len(rows) - 1].std().item()
         return rows
 
-    def rows(self, train: Features, test: Features, times: list[int]) -> list[dict[str, Any]]:
+    def rows(self, train: Tensor, test: Tensor, times: list[int]) -> list[dict[str, Any]]:
         """The rows of probe.json: `evaluate` and kNN at each of the times."""
         rows = [{"t": t, **row} for t, row in zip(times, self.evaluate(train, test))]
         for s, row in enumerate(rows):
@@ -372,9 +369,9 @@ def probe(
     if world.rank == 0:
         if args.export:
             export(args.export, values, times, task, run)
-        features = normalise(*values, args.norm, device)
-        rows = merge_rows(path, task.rows(*features, times), protocol)
-        del features
+        if args.norm == "std":
+            standardise(*values)
+        rows = merge_rows(path, task.rows(*values, times), protocol)
     del values
     chosen, oracle = share_from_first(
         world, [choose(rows, key) for key in ("held_out", "top1")] if rows else None
@@ -384,10 +381,11 @@ def probe(
         sources[kind] = encode_both(untrained, [chosen["t"]], kind)
     if world.rank:
         return
-    scores = {
-        kind: task.evaluate(*normalise(*both, args.norm, device))[0]["top1"]
-        for kind, both in sources.items()
-    }
+    scores = {}
+    for kind, both in sources.items():
+        if args.norm == "std":
+            standardise(*both)
+        scores[kind] = task.evaluate(*both)[0]["top1"]
     result = {
         "rows": rows, "chosen_t": chosen["t"], "test_top1": chosen["top1"],
         "oracle_t": oracle["t"], "oracle_top1": oracle["top1"], "floors": scores,
@@ -423,7 +421,7 @@ def export(path: Path, features: list[Tensor], times: list[int], task: Task, run
     the mean and std (S, V) of the training part."""
     mean, std = (x[:, 0] for x in moments(features[0]))
     arrays = {
-        "features": torch.cat(features, dim=1),
+        "features": torch.cat(features).transpose(0, 1),
         "labels": torch.cat([task.y_train, task.y_test]),
         "split": torch.arange(2).repeat_interleave(
             torch.tensor([len(task.y_train), len(task.y_test)])

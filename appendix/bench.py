@@ -35,7 +35,7 @@ from appendix.chart import SHAPES, Canvas, Series, line_panel, style
 from appendix.counts import ASSUMED, TRAINING_IMAGES, estimate, flops_per_image, saved_bytes
 from appendix.reference import PlainDiER, PlainTraining
 from data import Batches
-from features import Features, encode
+from features import encode
 from files import written_whole
 from model import DiER
 from runs import (
@@ -289,8 +289,8 @@ GROWTH = {  # what grows: (flags of train.py for each point, where it starts, wh
 MEANING = {
     "batch": "images/s rise with the batch until the processor is full; steps/s, which count more "
     "in a short run, only fall",
-    "resolution": "four times the pixels cost about four times the time and memory while attention "
-    "is a small part: choose the size before anything else",
+    "resolution": "twice the side costs an image three to nine times the time: four times the "
+    "pixels, and attention over four times the tokens; choose the size before anything else",
     "depth": "time grows in a line with the DiT's depth above the encoder's constant share",
     "width": "parameters grow with the square of the width; time does so only once products are "
     "large enough to fill the processor",
@@ -360,9 +360,7 @@ def probe_cost(settings: dict[str, Any], images: int) -> dict[str, float]:
         times.append(time.perf_counter() - start)
     encoding = statistics.median(times[1:]) * images / part
     classes = settings["classes"]
-    values = torch.randn(len(probe.TIMES), images, 1024).half()
-    like = torch.ones(len(probe.TIMES), 1, 1024)
-    features = Features(values, 0 * like, like)
+    features = torch.randn(images, len(probe.TIMES), 1024).half()
     labels = torch.randint(classes, (images,))
     folds = torch.from_numpy(probe.make_folds(images, None, 0))
     start = time.perf_counter()

@@ -33,7 +33,7 @@ from appendix.chart import (
 )
 from appendix.tsne import tsne
 from data import Split, load, mix_seed
-from features import encode, normalise, to_channels
+from features import encode, standardise, to_channels
 from model import DiER
 from probe import TIMES
 from runs import (
@@ -180,7 +180,8 @@ class Embedder:
         """(N, V) of the test images at `index`."""
         sets = [(self.train_images, "training sample"), (self.images[index], "test images")]
         values = [encode(self.encoder, x, [t], self.device, None, name) for x, name in sets]
-        return normalise(*values, "std", self.device)[1].take(slice(None))[0].cpu()
+        standardise(*values)
+        return values[1][:, 0].float().cpu()
 
 
 def embed(embedder: Embedder, limit: int, seed: int, t: int) -> tuple[np.ndarray, ...]:

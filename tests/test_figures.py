@@ -185,7 +185,7 @@ def test_features_are_standardised_by_training_images(probed):
     got, vectors = figures.Embedder(run, cpu)(np.array([0, 5, 7]), 400), []
     for split in ("train", "test"):
         images = data.load("set", split, 8).images
-        vectors.append(features.encode(run.encoder(), images, [400], cpu, None, "")[0].float())
+        vectors.append(features.encode(run.encoder(), images, [400], cpu, None, "")[:, 0].float())
     std = vectors[0].std(0, correction=0)
     want = (vectors[1][[0, 5, 7]] - vectors[0].mean(0)) / std
     wide = std > std.median()  # half precision blurs the narrow ones

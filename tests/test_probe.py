@@ -18,23 +18,17 @@ SETTINGS = {"epochs": 30, "lr": 1e-2, "batch_size": 64, "seeds": 1}
 
 
 def blobs(n, classes=4, width=16, seed=0, times=2):
-    """Separable features (S, N, V) and labels (N,): a far-off corner for each class."""
+    """Separable features (N, S, V) and labels (N,): a far-off corner for each class."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % classes
-    x = torch.randn(times, n, width, generator=generator) * 0.1 + 3 * F.one_hot(y, width)
+    x = torch.randn(n, times, width, generator=generator) * 0.1 + 3 * F.one_hot(y, width)[:, None]
     return x, y
-
-
-def plain(x, mean=0.0, std=1.0):
-    """Features (S, N, V) that are standardised already, or by the mean and std given."""
-    like = torch.ones_like(x[:, :1])
-    return features.Features(x, mean * like, std * like)
 
 
 def fit(x, y, x_test, y_test, folds=None, classes=4, **change):
     folds = torch.from_numpy(probe.make_folds(len(y), None, 0)) if folds is None else folds
     task = probe.Task(y, y_test, folds, classes, **{**SETTINGS, **change})
-    return task.evaluate(plain(x), plain(x_test))
+    return task.evaluate(x, x_test)
 
 
 def test_separable_features_reach_100_and_labels_without_a_pattern_chance():
@@ -42,7 +36,7 @@ def test_separable_features_reach_100_and_labels_without_a_pattern_chance():
     for row in fit(x, y, x_test, y_test):
         assert row["top1"] == 100 and row["held_out"] == 100 and row["top5"] is None
     generator = torch.Generator().manual_seed(0)
-    x, x_test = (torch.randn(2, n, 16, generator=generator) for n in (1000, 1000))
+    x, x_test = (torch.randn(n, 2, 16, generator=generator) for n in (1000, 1000))
     y, y_test = torch.arange(1000) % 4, torch.arange(1000) % 4
     for row in fit(x, y, x_test, y_test):  # 25, give or take 1.4
         assert 20 < row["top1"] < 30 and 20 < row["held_out"] < 30
@@ -52,8 +46,7 @@ def test_heads_equal_a_plain_loop_over_heads_and_times():
     """Each head alone: its own AdamW, its own mean over the images that it may see."""
     x, y = blobs(96, seed=3)
     folds = torch.arange(96) % 3
-    stored = plain(x * 0.02 + 0.3, mean=0.3, std=0.02)  # as v is: a small spread off zero
-    weight, bias = probe.train_heads(stored, y, folds, 4, 12, 5e-3, 32, seed=7)
+    weight, bias = probe.train_heads(x, y, folds, 4, 12, 5e-3, 32, seed=7)
     generator = torch.Generator().manual_seed(probe.mix_seed(7, 2))
     start = 0.01 * torch.randn(2, 16, 16, generator=generator)
     orders = [torch.randperm(96, generator=generator) for _ in range(12)]
@@ -68,7 +61,7 @@ def test_heads_equal_a_plain_loop_over_heads_and_times():
                 optimizer.param_groups[0]["lr"] = lr
                 keep = index[folds[index] != head - 1]
                 optimizer.zero_grad()
-                F.cross_entropy(x[s, keep] @ w + b, y[keep]).backward()
+                F.cross_entropy(x[keep, s] @ w + b, y[keep]).backward()
                 optimizer.step()
             assert torch.allclose(weight[s, 4 * head : 4 * head + 4].T, w, atol=5e-5)
             assert torch.allclose(bias[s, 4 * head : 4 * head + 4, 0], b, atol=5e-5)
@@ -81,9 +74,9 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 
 def test_top5_counts_the_first_five():
-    x, labels = torch.eye(12)[None], torch.arange(12)
+    x, labels = torch.eye(12)[:, None], torch.arange(12)
     weight = torch.arange(12.0).expand(12, 12).T[None].clone()  # class 11 wins, then 10, ...
-    ranks = probe.head_ranks(plain(x), labels, weight, torch.zeros(1, 12, 1), 12)
+    ranks = probe.head_ranks(x, labels, weight, torch.zeros(1, 12, 1), 12)
     assert ranks.shape == (1, 1, 12) and ranks[0, 0].tolist() == list(range(11, -1, -1))
 
 
@@ -92,7 +85,7 @@ def test_t_is_chosen_without_the_test_labels():
     for part in (x, x_test):  # t = 0 and 2 are noisier than t = 1
         for s, noise in ((0, 4.0), (2, 8.0)):
             generator = torch.Generator().manual_seed(s)
-            part[s] += noise * torch.randn(part[s].shape, generator=generator)
+            part[:, s] += noise * torch.randn(part[:, s].shape, generator=generator)
     choices = []
     for labels in (y_test, (y_test + 1) % 4):  # poisoned: each test label is wrong
         rows = [{"t": t, **r} for t, r in zip((0, 500, 999), fit(x, y, x_test, labels))]
@@ -124,56 +117,51 @@ def test_knn_against_numpy(monkeypatch):
         cosine = train_x @ x / np.linalg.norm(train_x, axis=1) / np.linalg.norm(x)
         votes = np.bincount(y[np.argsort(-cosine)[:20]], minlength=3)
         hits += votes.argmax() == label
-    stored = [plain(torch.from_numpy(x)[None].float()) for x in (train_x, test_x)]
+    stored = [torch.from_numpy(x)[:, None].float() for x in (train_x, test_x)]
     labels = [torch.from_numpy(a) for a in (y, y_test)]
     for block in (7, 4000):  # in many blocks, smaller than 20 neighbours, and in one
         monkeypatch.setattr(probe, "KNN_BLOCK", block)
         assert probe.knn_accuracy(*stored, 0, *labels, 3) == pytest.approx(100 * hits / 40)
 
 
-def test_normalise_uses_the_training_set_alone():
-    x, x_test = torch.randn(2, 5000, 3) * 0.02 + 5, torch.randn(2, 50, 3)
+def test_standardising_uses_the_training_set_alone():
+    x, x_test = torch.randn(5000, 2, 3) * 0.02 + 5, torch.randn(50, 2, 3)
     x[:, :, 2] = 1.0  # constant
     mean, std = features.moments(x)
-    assert torch.allclose(mean[:, 0], x.double().mean(1).float(), atol=1e-6)
-    assert torch.allclose(std[:, 0], x.double().std(1, correction=0).float(), atol=1e-6)
-    cpu = torch.device("cpu")
-    a, b = (part.take(slice(None)) for part in features.normalise(x, x_test, "std", cpu))
-    assert a.mean(1).abs().max() < 1e-3 and a[:, :, 2].abs().max() < 1e-3
-    assert torch.allclose(a.std(1)[:, :2], torch.ones(2, 2), atol=0.01)
-    assert torch.isfinite(b).all()
-    assert torch.allclose(b[0, :, 0], (x_test[0, :, 0] - mean[0, 0, 0]) / std[0, 0, 0], atol=1e-4)
-    assert torch.equal(features.normalise(x, x_test, "none", cpu)[0].take(slice(None)), x)
+    assert torch.allclose(mean[:, 0], x.double().mean(0).float(), atol=1e-6)
+    assert torch.allclose(std[:, 0], x.double().std(0, correction=0).float(), atol=1e-6)
+    want = (x_test[:, 0, 0] - mean[0, 0, 0]) / std[0, 0, 0]
+    features.standardise(x, x_test)
+    assert x.mean(0).abs().max() < 1e-3 and x[:, :, 2].abs().max() < 1e-3
+    assert torch.allclose(x.std(0)[:, :2], torch.ones(2, 2), atol=0.01)
+    assert torch.isfinite(x_test).all() and torch.allclose(x_test[:, 0, 0], want, atol=1e-4)
 
 
 def test_features_that_do_not_fit_go_to_a_file_that_leaves_nothing(tmp_path, monkeypatch):
     (x, y), (x_test, y_test) = blobs(400), blobs(200, seed=1)
-    stored = []
+    folds, rows = torch.from_numpy(probe.make_folds(400, None, 0)), []
     for limit in (features.IN_MEMORY, 100):
         monkeypatch.setattr(features, "IN_MEMORY", limit)
         out = [features.room(part.shape, torch.device("cpu"), tmp_path) for part in (x, x_test)]
         for values, part in zip(out, (x, x_test)):
             assert values.dtype == torch.half and not values.any()
             values.copy_(part)
-        stored.append(out)
         assert list(tmp_path.iterdir()) == []
-    folds = torch.from_numpy(probe.make_folds(400, None, 0))
-    task = probe.Task(y, y_test, folds, 4, **SETTINGS)
-    a, b = (task.evaluate(*features.normalise(*out, "std", torch.device("cpu"))) for out in stored)
-    assert a == b and a[0]["top1"] == 100
+        features.standardise(*out)
+        rows.append(probe.Task(y, y_test, folds, 4, **SETTINGS).evaluate(*out))
+    assert rows[0] == rows[1] and rows[0][0]["top1"] == 100
 
 
 def test_half_precision_changes_no_accuracy_by_more_than_a_third_of_a_point():
     """Overlapping classes, and features with the small spread off zero that v has."""
-    x, y = blobs(4000, seed=5)
-    x_test, y_test = blobs(2000, seed=6)
+    (x, y), (x_test, y_test) = blobs(4000, seed=5), blobs(2000, seed=6)
     noise = torch.Generator().manual_seed(0)
     x, x_test = (0.3 + 0.02 * (p + 2 * torch.randn(p.shape, generator=noise)) for p in (x, x_test))
-    folds, cpu = torch.from_numpy(probe.make_folds(4000, None, 0)), torch.device("cpu")
-    task = probe.Task(y, y_test, folds, 4, **SETTINGS)
-    full = task.evaluate(*features.normalise(x, x_test, "std", cpu))
-    half = task.evaluate(*features.normalise(x.half(), x_test.half(), "std", cpu))
-    for a, b in zip(full, half):
+    folds, results = torch.from_numpy(probe.make_folds(4000, None, 0)), []
+    for both in ([x, x_test], [x.half(), x_test.half()]):
+        features.standardise(*both)
+        results.append(probe.Task(y, y_test, folds, 4, **SETTINGS).evaluate(*both))
+    for a, b in zip(*results):
         assert 60 < a["top1"] < 99 and abs(a["top1"] - b["top1"]) <= 0.3
 
 
@@ -188,7 +176,7 @@ def test_raw_pixels_are_averaged_to_32():
     x = features.raw_pixels(image)
     assert x.shape == (1, 1, 1024) and x.dtype == torch.half
     assert x[0, 0, 0] == pytest.approx(0.0, abs=1e-3) and x[0, 0, 1] == -1
-    assert features.raw_pixels(np.zeros((3, 3, 16, 16), np.uint8)).shape == (1, 3, 768)
+    assert features.raw_pixels(np.zeros((3, 3, 16, 16), np.uint8)).shape == (3, 1, 768)
 
 
 def test_encoding_uses_eval_mode_and_leaves_the_weights_alone():
@@ -201,10 +189,10 @@ def test_encoding_uses_eval_mode_and_leaves_the_weights_alone():
     images = np.random.default_rng(0).integers(0, 256, (300, 1, 8, 8), dtype=np.uint8)
     cpu = torch.device("cpu")
     a, b = (features.encode(encoder, images, [0, 999], cpu, None, "test") for _ in range(2))
-    assert a.shape == (2, 300, 1024) and torch.equal(a, b) and not encoder.training
-    assert not torch.allclose(a[0], a[1])
+    assert a.shape == (300, 2, 1024) and torch.equal(a, b) and not encoder.training
+    assert not torch.allclose(a[:, 0], a[:, 1])
     alone = encoder(features.to_float(torch.from_numpy(images[299:])), torch.tensor([999]))
-    assert torch.allclose(a[1, 299].float(), alone[0], atol=1e-3)
+    assert torch.allclose(a[299, 1].float(), alone[0], atol=1e-3)
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
 
