@@ -155,7 +155,7 @@ def test_recomputation_reaches_both_networks():
     ("mnist", "cpu", 32, 200), ("cifar10", "paper", 8, 20),
 ])  # fmt: skip
 def test_the_loss_curve_is_the_references_within_the_noise_of_two_seeds(data, preset, batch, steps):
-    """Same start, batches, t and eps; the paper's dropout draws differently, hence the noise."""
+    """Same start, batches, t, eps and dropout: what differs is rounding."""
     flags = ["--data", data, "--preset", preset, "--batch-size", str(batch), "--device", "cpu"]
     args = train.build_parser().parse_args(flags)
     pixels = load("glyphs", "train", 16 if preset == "cpu" else 32).images

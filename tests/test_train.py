@@ -298,20 +298,20 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path):
 # ---------------------------------------------------------------------------- the command line
 
 
-@pytest.mark.parametrize("data", list(train.INFOS))
+@pytest.mark.parametrize("data", list(runs.INFOS))
 @pytest.mark.parametrize("preset", ["paper", "cpu"])
 def test_dry_run_needs_no_set_and_writes_nothing(data, preset, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main(["--data", data, "--preset", preset, "--dry-run", "--json"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(result["parameters"]) == {"dit", "encoder"} and result["preset"] == preset
-    info = train.INFOS[data]
+    info = runs.INFOS[data]
     assert result["channels"] == info.channels and result["classes"] == info.classes
     assert result["size"] == (
         info.side if preset == "paper" else {32: 16, 64: 32, 256: 64}[info.side]
     )
     assert result["epochs" if preset == "paper" else "minutes"] == (
-        200 if preset == "paper" else 3.5 if data == "glyphs" else 30
+        200 if preset == "paper" else runs.GLYPHS_MINUTES if data == "glyphs" else 30
     )
     if preset == "paper":
         assert result["lr"] == (1e-5 if info.side == 256 else 1e-4)
@@ -374,9 +374,10 @@ def test_both_scripts_as_a_user_runs_them(folder, tmp_path):
     assert "preset" in done.stdout and done.stdout.splitlines()[-1].endswith(
         "next: python probe.py"
     )
-    done = script("probe.py", "--t", "400", "--epochs", "20", cwd=tmp_path)
+    done = script("probe.py", "--t", "400", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "chosen t = 400" in done.stdout and "floors: pixels 100.00" in done.stdout
+    assert "chosen t = 400" in done.stdout, done.stdout
+    assert "floors: pixels 100.00" in done.stdout, done.stdout
 
 
 def test_no_run_yet(tmp_path):
