@@ -26,7 +26,8 @@ ASSUMED = {
     "all_reduce_bytes_per_s": 10e9,
     "formula": "hours = steps x (batch x flops_per_image / (gpus x mfu x peak_flops) "
     "+ 2 (gpus - 1) / gpus x 4 x parameters / all_reduce_bytes_per_s) / 3600; "
-    "memory = 20 x parameters + batch / gpus x saved_bytes_per_image",
+    "memory = 20 x parameters + batch / gpus x saved_bytes_per_image; "
+    "batch = the preset's, or one image a GPU where that is more",
     "not_counted": "evaluation, loading, overlap of all-reduce with backward, allocator slack; "
     "saved bytes are counted in fp32, bf16 keeps about half",
 }
@@ -80,11 +81,10 @@ def estimate() -> dict[str, Any]:
         if key not in counted:
             counted[key] = flops_per_image(settings), saved_bytes(settings)
         flops, saved = counted[key]
-        parameters, batch = sum(parameter_counts(settings).values()), settings["batch_size"]
-        steps = settings["epochs"] * images / batch
+        parameters = sum(parameter_counts(settings).values())
         for gpus in (1, 8, 64):
-            if batch % gpus:
-                continue
+            batch = max(gpus, settings["batch_size"])  # a GPU needs an image
+            steps = settings["epochs"] * images / batch
             compute = batch * flops / (gpus * ASSUMED["mfu"] * ASSUMED["peak_flops"])
             reduce = 2 * (gpus - 1) / gpus * 4 * parameters / ASSUMED["all_reduce_bytes_per_s"]
             memory = 20 * parameters + batch / gpus * saved

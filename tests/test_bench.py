@@ -78,7 +78,8 @@ def test_the_estimate_is_arithmetic_on_what_it_states(tmp_path, monkeypatch, cap
     by_hand = 200 * 50_000 * one["flops_per_image"] / (a["mfu"] * a["peak_flops"]) / 3600
     assert one["hours"] == pytest.approx(by_hand) and by_hand > 1
     assert by_hand / 8 < eight["hours"] < one["hours"]
-    assert ("oct2017", 64) not in rows  # a batch of 16 has no 64 parts
+    many = rows["oct2017", 64]  # a batch of 16 has no 64 parts
+    assert many["batch_size"] == 64 and many["steps"] == round(200 * 83_484 / 64)
     assert "not a measurement" in capsys.readouterr().out
 
 
