@@ -1,6 +1,6 @@
 """Train DiER: predict the noise in x_t, helped by a vector of the clean image. No labels.
 
-    python train.py                               the embedded digits, 3.5 minutes on a CPU
+    python train.py                               the embedded digits, 4 minutes on a CPU
     python train.py --data mnist                  30 minutes on a CPU, the paper's recipe on a GPU
     python train.py --data cifar10 --preset paper --epochs 200
     python train.py --run mnist --resume          go on after Ctrl-C or a crash, bit for bit
