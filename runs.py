@@ -21,7 +21,6 @@ from model import PRESETS, DiER, ModelConfig, count_parameters
 from sets import INFOS, describe
 
 RUNS = Path("runs")
-GLYPHS_MINUTES = 4.0  # the embedded set is the five-minute tour, probe included
 HIDDEN = ("model", "row", "method", "launch")  # settings that are not printed among the others
 # A resumed run keeps these from its checkpoint; the others may change.
 FIXED = [
@@ -103,7 +102,7 @@ def resolve(args: argparse.Namespace) -> dict[str, Any]:
     name = args.preset
     if name == "auto":
         name = "paper" if device.type == "cuda" else "cpu"
-    preset = PRESETS[name][info.side]
+    preset = PRESETS[name].get(info.name, PRESETS[name][info.side])
     given = {"size": args.size, "dropout": args.dropout, **parse_model(args.model)}
     given = {k: v for k, v in given.items() if v is not None}
     try:
@@ -113,8 +112,6 @@ def resolve(args: argparse.Namespace) -> dict[str, Any]:
     epochs, minutes = args.epochs, args.minutes
     if epochs is None and minutes is None:
         epochs, minutes = preset.epochs, preset.minutes
-        if info.name == "glyphs" and minutes:
-            minutes = GLYPHS_MINUTES
     amp = pick_amp(args.amp, device)
     return {
         "method": "dier",
@@ -341,7 +338,7 @@ def build_parser(doc: str = "") -> argparse.ArgumentParser:
         "on two cores; auto: paper with CUDA, else cpu")  # fmt: skip
     add("--epochs", type=positive, help="passes over the training set (paper: 200)")
     add("--minutes", type=positive, help="wall time from the first step, of this call (cpu: 30; "
-        f"glyphs {GLYPHS_MINUTES:g}); with --epochs, the first reached stops")  # fmt: skip
+        "glyphs 4); with --epochs, the first reached stops")  # fmt: skip
     add("--batch-size", type=whole, help="images a step, of all processes together")
     add("--lr", type=positive, help="constant learning rate of Adam")
     add("--ema", type=fraction, help="decay of the weight average (0.9999)")

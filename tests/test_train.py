@@ -311,7 +311,7 @@ def test_dry_run_needs_no_set_and_writes_nothing(data, preset, tmp_path, monkeyp
         info.side if preset == "paper" else {32: 16, 64: 32, 256: 64}[info.side]
     )
     assert result["epochs" if preset == "paper" else "minutes"] == (
-        200 if preset == "paper" else runs.GLYPHS_MINUTES if data == "glyphs" else 30
+        200 if preset == "paper" else 4 if data == "glyphs" else 30
     )
     if preset == "paper":
         assert result["lr"] == (1e-5 if info.side == 256 else 1e-4)
