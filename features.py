@@ -67,14 +67,15 @@ def room(shape: tuple[int, ...], device: torch.device, folder: Path | None) -> T
 def encode(
     encoder: nn.Module,
     images: np.ndarray,
-    times: list[int],
+    times: list[int | None],
     device: torch.device,
     amp: torch.dtype | None,
     what: str,
     folder: Path | None = None,
     world: World = ALONE,
 ) -> Tensor:
-    """v_t of uint8 images (N, C, H, W) for each of the times -> (N, S, V) in half precision.
+    """v_t of uint8 images (N, C, H, W) for each of the times -> (N, S, V) in half precision. The
+    time of an encoder without time is None.
 
     Each image is encoded once for each t. The encoder is in eval mode: no dropout, nothing of it
     changes. With many processes each encodes its share, and rank 0 has the result.
@@ -88,7 +89,7 @@ def encode(
     for done, first in enumerate(blocks, 1):
         x0 = to_float(torch.from_numpy(np.array(images[first : first + 250])).to(device))
         for s, t in enumerate(times):
-            steps = torch.full((len(x0),), t, device=device)
+            steps = torch.full((len(x0),), t or 0, device=device)
             with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
                 out[first : first + len(x0), s] = encoder(x0, steps)
         spent = time.monotonic() - start
