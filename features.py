@@ -101,15 +101,19 @@ def encode(
     return out
 
 
+def small_pixels(x0: Tensor) -> Tensor:
+    """Pixels as a vector: (B, C, H, W) -> (B, C * h * w), averaged to 32 x 32 if they are more."""
+    if x0.shape[2] > PIXELS:
+        x0 = F.interpolate(x0, (PIXELS, PIXELS), mode="area")
+    return x0.flatten(1)
+
+
 def raw_pixels(images: np.ndarray) -> Tensor:
     """The floor of no network: pixels (N, C, H, W) -> (N, 1, C * h * w), averaged to 32 x 32 if
     they are larger; half precision."""
     parts = []
     for x in np.array_split(images, max(1, len(images) // 1000)):
-        x = to_float(torch.from_numpy(np.array(x)))
-        if x.shape[2] > PIXELS:
-            x = F.interpolate(x, (PIXELS, PIXELS), mode="area")
-        parts.append(x.flatten(1).half())
+        parts.append(small_pixels(to_float(torch.from_numpy(np.array(x)))).half())
     return torch.cat(parts)[:, None]
 
 

@@ -61,6 +61,7 @@ from runs import (
     positive,
     read_checkpoint,
     require_method,
+    restore_model,
     run_main,
     whole,
 )
@@ -339,8 +340,7 @@ def probe_run(
     times = parse_times(args.t) if method.timed else [None]
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, one process speaks for all
-    model = method.build(settings)
-    model.load_state_dict(state["ema" if args.weights == "ema" else "model"])
+    model = restore_model(state, method, args.weights)
     floors = {
         kind: untrained_encoder(settings, kind == "random", method)
         for kind in FLOORS

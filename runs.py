@@ -27,19 +27,8 @@ BASELINES = "-m appendix.baselines"  # trains and probes all other methods
 GLYPHS_MINUTES = 4.0  # the embedded set is the five-minute tour, probe included
 HIDDEN = ("model", "row", "method", "launch")  # settings that are not printed among the others
 # A resumed run keeps these from its checkpoint; the others may change.
-FIXED = [
-    "data",
-    "preset",
-    "seed",
-    "batch_size",
-    "lr",
-    "ema",
-    "clip",
-    "flip",
-    "size",
-    "limit",
-    "model",
-]
+FIXED = ["data", "preset", "seed", "batch_size", "lr", "ema", "clip", "flip", "size", "limit"]
+FIXED += ["model"]
 
 
 def fail(message: str) -> NoReturn:
@@ -136,6 +125,8 @@ def resolve(args: argparse.Namespace, method: Method = DIER) -> dict[str, Any]:
     preset = method.presets[name][info.side]
     given = {"size": args.size, "dropout": args.dropout, **parse_model(args.model, preset.model)}
     given = {k: v for k, v in given.items() if v is not None}
+    if "dropout" in given and not hasattr(preset.model, "dropout"):
+        fail(f"--dropout {args.dropout}: {method.name} has none")
     try:
         model = replace(preset.model, channels=info.channels, **given)
     except ValueError as error:
@@ -187,7 +178,7 @@ def resolve_resume(
         given["model"] = {**saved["model"], **resolve(args, method)["model"]}
     given["dropout"] = args.dropout
     for key, value in given.items():
-        old = saved["model"]["dropout"] if key == "dropout" else saved[key]
+        old = saved["model"].get("dropout") if key == "dropout" else saved[key]
         if value not in (None, "auto", old) and not (key == "limit" and value == 0):
             fail(
                 f"--{key.replace('_', '-')} {value} differs from the checkpoint's {old}; leave it "
@@ -212,8 +203,11 @@ def model_config(settings: dict[str, Any], kind: type = ModelConfig) -> Any:
 def parameter_counts(settings: dict[str, Any], method: Method = DIER) -> dict[str, int]:
     """Trainable parameters of each part, {encoder, dit} for DiER, counted on the meta device:
     nothing is allocated."""
-    with torch.device("meta"):
-        model = method.build(settings)
+    try:
+        with torch.device("meta"):
+            model = method.build(settings)
+    except ValueError as error:  # sizes that do not fit each other
+        fail(str(error))
     return {name: count_parameters(part) for name, part in model.named_children()}
 
 
@@ -257,14 +251,28 @@ def find_run(name: str | None, method: Method = DIER) -> Path:
         if not (path / "checkpoint.pt").exists():
             fail(f"no checkpoint in {path}: start with python {method.train} --run {name}")
         return path
+    path = newest_run(method)
+    if path is None:
+        fail(f"no run in {RUNS}/: start with python {method.train}")
+    return path
+
+
+def newest_run(method: Method) -> Path | None:
+    """The run of `method` in runs/ whose checkpoint was written last, if there is one."""
     found = []
     for checkpoint in RUNS.glob("*/checkpoint.pt"):
         config = checkpoint.with_name("config.json")
         if config.exists() and json.loads(config.read_text()).get("method") == method.name:
             found.append(checkpoint)
-    if not found:
-        fail(f"no run in {RUNS}/: start with python {method.train}")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return newest and newest.parent
+
+
+def restore_model(state: dict[str, Any], method: Method = DIER, weights: str = "ema") -> nn.Module:
+    """The module of a checkpoint with its "ema" or "raw" weights."""
+    model = method.build(state["settings"])
+    model.load_state_dict(state["ema" if weights == "ema" else "model"])
+    return model
 
 
 def require_method(run: Path, settings: dict[str, Any], method: Method, command: str) -> None:

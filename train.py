@@ -67,6 +67,7 @@ from runs import (
     fail,
     find_run,
     new_run,
+    newest_run,
     parameter_counts,
     pick_amp,
     read_checkpoint,
@@ -488,7 +489,7 @@ def run_training(
     seconds = train(state, batches, run)
     images = state.step * settings["batch_size"]
     rows = (run / "log.jsonl").read_text().splitlines()
-    named = "" if run == find_run(None, method) else f" --run {run}"
+    named = "" if run == newest_run(method) else f" --run {run}"
     print(
         f"{state.step:,} steps, {images:,} images seen, {clock(seconds)} in this call; next: "
         f"python {method.probe}{named}" + (" --t 400" if settings["data"] == "glyphs" else "")

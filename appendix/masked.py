@@ -300,7 +300,7 @@ class DMJD(nn.Module):
             x = self.encoder.layers(x0, visible)[-1]  # (B, M, D)
             guess = gather(self.decoder(x, visible), hidden).float()
             seen = self.projector(x).float()
-            error = F.smooth_l1_loss(seen, gather(target, visible), reduction="none")
+            error = F.smooth_l1_loss(seen, gather(target, visible), reduction="none", beta=2.0)
             losses.append((guess - gather(target, hidden)).square().mean((1, 2)))
             losses.append(error.mean((1, 2)))
         return sum(losses) / len(views)
