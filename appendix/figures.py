@@ -131,10 +131,16 @@ def figure_6(runs: list[Run], path: Path) -> None:
         top, bottom = 60 + 400 * k, 340 + 400 * k
         rows = [row for row in run.log if row["step"] % 50 == 0] or run.log
         whole_loss = Series("", *thin_out(rows, "loss"), COLOURS[0], shape=None)
+        denoises = method_of(run.settings).denoises
+        what = (
+            ("training MSE (Fig. 6)", "MSE of the noise") if denoises else ("training loss", "loss")
+        )
         line_panel(
-            canvas, (90, top, 540, bottom), [whole_loss], f"{run.name}: training MSE (Fig. 6)",
-            "images seen", "MSE of the noise", log_y=True,
+            canvas, (90, top, 540, bottom), [whole_loss], f"{run.name}: {what[0]}",
+            "images seen", what[1], log_y=True,
         )  # fmt: skip
+        if not denoises:  # its loss knows no t
+            continue
         tenths = []
         for i in range(10):  # dark to light: the colour shows the order
             ends = ((0, 240), (68, 170), (120, 60))

@@ -219,7 +219,7 @@ def read_cells(path: Path, common: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         table = json.loads(path.read_text())
         cells, old = table["cells"], {key: table.get(key) for key in common}
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError):
         fail(f"{path} is not a table of this command: choose another --out")
     for key, value in common.items():
         if old[key] != value:
