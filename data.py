@@ -208,11 +208,15 @@ class Batches:
     def __len__(self) -> int:
         return len(self.images)
 
+    def index(self, step: int, part: slice = slice(None)) -> Tensor:
+        """Which images make `part` of batch number `step`: int64 (b,), where the images are."""
+        start, home = step * self.batch_size, self.images.device
+        return permutation_stream(len(self), start, self.batch_size, self.seed, home)[part]
+
     def __call__(self, step: int, flips: Tensor | None = None, part: slice = slice(None)) -> Tensor:
         """`part` of batch number `step` -> float32 (b, C, S, S), mirrored left-right where flips,
         bool (B,) on the device, says so (and the set allows it)."""
-        start, home = step * self.batch_size, self.images.device
-        index = permutation_stream(len(self), start, self.batch_size, self.seed, home)[part]
+        index, home = self.index(step, part), self.images.device
         if home == self.device:
             x = self.images[index]
         else:

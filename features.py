@@ -67,14 +67,15 @@ def room(shape: tuple[int, ...], device: torch.device, folder: Path | None) -> T
 def encode(
     encoder: nn.Module,
     images: np.ndarray,
-    times: list[int],
+    times: list[int | None],
     device: torch.device,
     amp: torch.dtype | None,
     what: str,
     folder: Path | None = None,
     world: World = ALONE,
 ) -> Tensor:
-    """v_t of uint8 images (N, C, H, W) for each of the times -> (N, S, V) in half precision.
+    """v_t of uint8 images (N, C, H, W) for each of the times -> (N, S, V) in half precision. The
+    time of an encoder without time is None.
 
     Each image is encoded once for each t. The encoder is in eval mode: no dropout, nothing of it
     changes. With many processes each encodes its share, and rank 0 has the result.
@@ -88,7 +89,7 @@ def encode(
     for done, first in enumerate(blocks, 1):
         x0 = to_float(torch.from_numpy(np.array(images[first : first + 250])).to(device))
         for s, t in enumerate(times):
-            steps = torch.full((len(x0),), t, device=device)
+            steps = torch.full((len(x0),), t or 0, device=device)
             with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
                 out[first : first + len(x0), s] = encoder(x0, steps)
         spent = time.monotonic() - start
@@ -100,15 +101,19 @@ def encode(
     return out
 
 
+def small_pixels(x0: Tensor) -> Tensor:
+    """Pixels as a vector: (B, C, H, W) -> (B, C * h * w), averaged to 32 x 32 if they are more."""
+    if x0.shape[2] > PIXELS:
+        x0 = F.interpolate(x0, (PIXELS, PIXELS), mode="area")
+    return x0.flatten(1)
+
+
 def raw_pixels(images: np.ndarray) -> Tensor:
     """The floor of no network: pixels (N, C, H, W) -> (N, 1, C * h * w), averaged to 32 x 32 if
     they are larger; half precision."""
     parts = []
     for x in np.array_split(images, max(1, len(images) // 1000)):
-        x = to_float(torch.from_numpy(np.array(x)))
-        if x.shape[2] > PIXELS:
-            x = F.interpolate(x, (PIXELS, PIXELS), mode="area")
-        parts.append(x.flatten(1).half())
+        parts.append(small_pixels(to_float(torch.from_numpy(np.array(x)))).half())
     return torch.cat(parts)[:, None]
 
 

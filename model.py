@@ -407,9 +407,9 @@ class DiER(nn.Module):
     x_t, x0 (B, C, H, W) and t (B,) int -> eps (B, C, H, W).
     """
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, encoder: type[Encoder] = Encoder):
         super().__init__()
-        self.encoder = Encoder(cfg)
+        self.encoder = encoder(cfg)
         self.dit = DiT(cfg)
 
     def checkpoint_activations(self, on: bool) -> None:

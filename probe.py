@@ -38,7 +38,6 @@ from data import Split, load, mix_seed
 from diffusion import T
 from features import encode, moments, pick, raw_pixels, standardise, to_channels
 from files import written_whole
-from model import DiER, Encoder
 from parallel import (
     ALONE,
     World,
@@ -49,16 +48,20 @@ from parallel import (
     world_from_environment,
 )
 from runs import (
+    BASELINES,
+    DIER,
+    Method,
     Parser,
     Progress,
     count,
     fail,
     find_run,
-    model_config,
     pick_amp,
     pick_device,
     positive,
     read_checkpoint,
+    require_method,
+    restore_model,
     run_main,
     whole,
 )
@@ -231,7 +234,7 @@ class Task:
                 rows[-1]["top1_std"] = stacked[:, 0, len(rows) - 1].std().item()
         return rows
 
-    def rows(self, train: Tensor, test: Tensor, times: list[int]) -> list[dict[str, Any]]:
+    def rows(self, train: Tensor, test: Tensor, times: list[int | None]) -> list[dict[str, Any]]:
         """The rows of probe.json: `evaluate` and kNN at each of the times."""
         rows = [{"t": t, **row} for t, row in zip(times, self.evaluate(train, test))]
         for s, row in enumerate(rows):
@@ -241,7 +244,7 @@ class Task:
 
 def choose(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
     """The row with the largest `key`, the smallest t of equals."""
-    return max(rows, key=lambda row: (row[key], -row["t"]))
+    return max(rows, key=lambda row: (row[key], -(row["t"] or 0)))  # one row may have no t
 
 
 def binomial_interval(percent: float, n: int) -> tuple[float, float]:
@@ -254,11 +257,11 @@ def binomial_interval(percent: float, n: int) -> tuple[float, float]:
 # ---------------------------------------------------------------------------- floors
 
 
-def untrained_encoder(settings: dict[str, Any], random: bool) -> Encoder:
+def untrained_encoder(settings: dict[str, Any], random: bool, method: Method = DIER) -> nn.Module:
     """The encoder as initialised; with `random` its zero convolutions are redrawn by PyTorch's
     default, since as initialised its residual branches are off."""
     torch.manual_seed(settings["seed"])
-    encoder = DiER(model_config(settings)).encoder
+    encoder = method.build(settings).encoder
     if random:
         for layer in encoder.zero_initialised():
             layer.reset_parameters()
@@ -319,33 +322,47 @@ def parse_times(text: str | None) -> list[int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Find the run, load its encoder, probe it."""
+    """Find DiER's run, probe it."""
     args = build_parser().parse_args(argv)
-    times, world = parse_times(args.t), world_from_environment()
     run = find_run(args.run)
     state = read_checkpoint(run)
-    settings = state["settings"]
+    require_method(run, state["settings"], DIER, f"{BASELINES} --probe")
+    probe_run(run, state, args, DIER)
+
+
+def probe_run(
+    run: Path, state: dict[str, Any], args: argparse.Namespace, method: Method
+) -> dict[str, Any] | None:
+    """Probe the encoder of a run's checkpoint, and the floors; returns what probe.json holds."""
+    settings, world = state["settings"], world_from_environment()
+    if args.t and not method.timed:
+        fail(f"--t {args.t}: the features of {method.name} do not depend on t; leave it out")
+    times = parse_times(args.t) if method.timed else [None]
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, one process speaks for all
-    model = DiER(model_config(settings))
-    model.load_state_dict(state["ema" if args.weights == "ema" else "model"])
-    floors = {kind: untrained_encoder(settings, kind == "random") for kind in FLOORS}
+    model = restore_model(state, method, args.weights)
+    floors = {
+        kind: untrained_encoder(settings, kind == "random", method)
+        for kind in FLOORS
+        if kind != "random" or hasattr(model.encoder, "zero_initialised")
+    }
     with ending_together(world, run):
-        probe(model.encoder, floors, times, args, settings, state["step"], run, world)
+        return probe(model.encoder, floors, times, args, settings, state["step"], run, world)
 
 
 def probe(
     encoder: nn.Module,
     floors: dict[str, nn.Module],
-    times: list[int],
+    times: list[int | None],
     args: argparse.Namespace,
     settings: dict[str, Any],
     step: int,
     run: Path,
     world: World = ALONE,
-) -> None:
+) -> dict[str, Any] | None:
     """Encode, train the heads, print the table, write probe.json: the whole protocol for encoder
-    and floors, each (B, C, H, W), (B,) -> (B, V)."""
+    and floors, each (B, C, H, W), (B,) -> (B, V). An encoder without time has the times [None].
+    Returns what probe.json holds, on rank 0."""
     device = join(world, pick_device(args.device))
     amp = pick_amp(args.amp, device)
     name = args.data or settings["data"]
@@ -357,7 +374,7 @@ def probe(
     images = [to_channels(split, settings["channels"]) for split in splits]
     task, protocol = make_task(splits, args, settings, device, step)
 
-    def encode_both(encoder: nn.Module, at: list[int], what: str) -> list[Tensor]:
+    def encode_both(encoder: nn.Module, at: list[int | None], what: str) -> list[Tensor]:
         """Features of the training and the test images."""
         encoder.to(device)
         parts = zip(images, ("train", "test"))
@@ -380,7 +397,7 @@ def probe(
     for kind, untrained in floors.items():
         sources[kind] = encode_both(untrained, [chosen["t"]], kind)
     if world.rank:
-        return
+        return None
     scores = {}
     for kind, both in sources.items():
         if args.norm == "std":
@@ -394,6 +411,7 @@ def probe(
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     print_table(result, n_train, path)
+    return result
 
 
 def make_task(
@@ -426,7 +444,8 @@ def export(path: Path, features: list[Tensor], times: list[int], task: Task, run
         "split": torch.arange(2).repeat_interleave(
             torch.tensor([len(task.y_train), len(task.y_test)])
         ),
-        "t": torch.tensor(times), "mean": mean, "std": std,
+        "t": torch.tensor([-1 if t is None else t for t in times]),  # -1: without time
+        "mean": mean, "std": std,
     }  # fmt: skip
 
     with written_whole(path) as temporary, temporary.open("wb") as file:
@@ -470,18 +489,20 @@ def print_table(result: dict[str, Any], n_train: int, path: Path) -> None:
         bar = "#" * round(30 * (row["top1"] - low) / (high - low))
         spread = f" +- {row['top1_std']:.2f}" if "top1_std" in row else ""
         five = f"{row['top5']:8.2f}" if top5 else ""
+        t = "-" if row["t"] is None else row["t"]
         print(
-            f"{row['t']:4d}  {row['held_out']:8.2f}{row['top1']:8.2f}{five}{row['knn']:8.2f}  "
+            f"{t:>4}  {row['held_out']:8.2f}{row['top1']:8.2f}{five}{row['knn']:8.2f}  "
             f"{bar}{spread}"
         )
     n, best = result["n_test"], result["test_top1"]
     lower, upper = binomial_interval(best, n)
-    print(
-        f"\nchosen t = {result['chosen_t']} (by held-out training images): test top-1 {best:.2f}%"
-    )
+    timed = result["chosen_t"] is not None
+    chosen = f"chosen t = {result['chosen_t']} (by held-out training images): " if timed else ""
+    print(f"\n{chosen}test top-1 {best:.2f}%")
     print(f"  95% interval {lower:.2f} to {upper:.2f} ({n:,} test images)")
-    print(f"oracle t = {result['oracle_t']} (best on the test set, as the paper reports): "
-          f"{result['oracle_top1']:.2f}%")  # fmt: skip
+    if timed:
+        print(f"oracle t = {result['oracle_t']} (best on the test set, as the paper reports): "
+              f"{result['oracle_top1']:.2f}%")  # fmt: skip
     floors = ", ".join(f"{kind} {top1:.2f}" for kind, top1 in result["floors"].items())
     print(f"floors: {floors}")
     p = result["protocol"]

@@ -10,32 +10,24 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from files import DataError, written_whole
-from model import PRESETS, DiER, ModelConfig, count_parameters
+from model import PRESETS, DiER, ModelConfig, Preset, count_parameters
 from sets import INFOS, describe
 
 RUNS = Path("runs")
+BASELINES = "-m appendix.baselines"  # trains and probes all other methods
 HIDDEN = ("model", "row", "method", "launch")  # settings that are not printed among the others
 # A resumed run keeps these from its checkpoint; the others may change.
-FIXED = [
-    "data",
-    "preset",
-    "seed",
-    "batch_size",
-    "lr",
-    "ema",
-    "clip",
-    "flip",
-    "size",
-    "limit",
-    "model",
-]
+FIXED = ["data", "preset", "seed", "batch_size", "lr", "ema", "clip", "flip", "size", "limit"]
+FIXED += ["model"]
 
 
 def fail(message: str) -> NoReturn:
@@ -45,6 +37,33 @@ def fail(message: str) -> NoReturn:
 
 
 # ---------------------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained and probed: DiER, or what appendix/baselines.py compares it with.
+
+    `build` makes a module out of settings. Its `encoder` takes (x0, t) and gives v; `timed` says
+    whether v depends on t. Its forward is (x_t, t, x0) -> eps, or, where it does not denoise, its
+    own loss: (x0, index) -> (B,), `index` being the images' places in the set that it prepared for.
+    """
+
+    name: str
+    build: Callable[[dict[str, Any]], nn.Module]
+    presets: dict[str, dict[int | str, Preset]]
+    denoises: bool = True
+    timed: bool = True
+    train: str = "train.py"  # the commands that the messages name
+    probe: str = "probe.py"
+    prepare: Callable[[nn.Module, Any], None] = lambda model, split: None
+
+
+def build_dier(settings: dict[str, Any]) -> DiER:
+    """DiER in the sizes of the settings."""
+    return DiER(model_config(settings))
+
+
+DIER = Method("dier", build_dier, PRESETS)
 
 
 def pick_device(name: str) -> torch.device:
@@ -74,37 +93,40 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if native else None
 
 
-def parse_model(text: str) -> dict[str, Any]:
+def parse_model(text: str, default: Any) -> dict[str, Any]:
     """ "hidden=128,mult=1,2,4" -> {"hidden": 128, "mult": (1, 2, 4)}: a part without = belongs to
-    the key before it."""
+    the key before it. `default` holds the preset's sizes, which say what is a list."""
     values: dict[str, list[int]] = {}
     key = None
     for part in filter(None, text.split(",")):
         name, equals, number = part.rpartition("=")
         key = name if equals else key
-        known = ModelConfig.__dataclass_fields__.keys() - {"size", "channels", "dropout"}
+        known = asdict(default).keys() - {"size", "channels", "dropout"}
         if key not in known:
             fail(f"--model {text}: {key or part!r} is not one of {', '.join(sorted(known))}")
         if not number.isdecimal() or int(number) == 0:
             fail(f"--model {text}: {number!r} is not a whole number above 0")
         values.setdefault(key, []).append(int(number))
-    lists = {"mult", "attention"}
+    lists = {key for key, value in asdict(default).items() if isinstance(value, tuple)}
     for key, numbers in values.items():
         if key not in lists and len(numbers) > 1:
             fail(f"--model {text}: {key} takes one number")
     return {k: tuple(n) if k in lists else n[0] for k, n in values.items()}
 
 
-def resolve(args: argparse.Namespace) -> dict[str, Any]:
+def resolve(args: argparse.Namespace, method: Method = DIER) -> dict[str, Any]:
     """Every setting of a run as plain values: what the user gave, else the preset's value."""
     info = describe(args.data)
     device = pick_device(args.device)
     name = args.preset
     if name == "auto":
         name = "paper" if device.type == "cuda" else "cpu"
-    preset = PRESETS[name].get(info.name, PRESETS[name][info.side])
-    given = {"size": args.size, "dropout": args.dropout, **parse_model(args.model)}
+    rows = method.presets[name]
+    preset = rows.get(info.name, rows[info.side])
+    given = {"size": args.size, "dropout": args.dropout, **parse_model(args.model, preset.model)}
     given = {k: v for k, v in given.items() if v is not None}
+    if "dropout" in given and not hasattr(preset.model, "dropout"):
+        fail(f"--dropout {args.dropout}: {method.name} has none")
     try:
         model = replace(preset.model, channels=info.channels, **given)
     except ValueError as error:
@@ -114,7 +136,7 @@ def resolve(args: argparse.Namespace) -> dict[str, Any]:
         epochs, minutes = preset.epochs, preset.minutes
     amp = pick_amp(args.amp, device)
     return {
-        "method": "dier",
+        "method": method.name,
         "data": args.data,
         "data_dir": str(args.data_dir),
         "channels": info.channels,
@@ -141,7 +163,9 @@ def resolve(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def resolve_resume(args: argparse.Namespace, saved: dict[str, Any]) -> dict[str, Any]:
+def resolve_resume(
+    args: argparse.Namespace, saved: dict[str, Any], method: Method = DIER
+) -> dict[str, Any]:
     """The settings of a resumed run: the checkpoint's, with what may change taken from args."""
     if args.data is None:
         args.data = saved["data"]
@@ -149,10 +173,10 @@ def resolve_resume(args: argparse.Namespace, saved: dict[str, Any]) -> dict[str,
         args.seed = saved["seed"]
     given = {k: getattr(args, k) for k in FIXED if k != "model"}
     if args.model:
-        given["model"] = {**saved["model"], **resolve(args)["model"]}
+        given["model"] = {**saved["model"], **resolve(args, method)["model"]}
     given["dropout"] = args.dropout
     for key, value in given.items():
-        old = saved["model"]["dropout"] if key == "dropout" else saved[key]
+        old = saved["model"].get("dropout") if key == "dropout" else saved[key]
         if value not in (None, "auto", old) and not (key == "limit" and value == 0):
             fail(
                 f"--{key.replace('_', '-')} {value} differs from the checkpoint's {old}; leave it "
@@ -169,18 +193,20 @@ def resolve_resume(args: argparse.Namespace, saved: dict[str, Any]) -> dict[str,
     return {**saved, **now}
 
 
-def model_config(settings: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig that config.json and checkpoints hold as plain values."""
-    return ModelConfig(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in settings["model"].items()}
-    )
+def model_config(settings: dict[str, Any], kind: type = ModelConfig) -> Any:
+    """The sizes, of dataclass `kind`, that config.json and checkpoints hold as plain values."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings["model"].items()})
 
 
-def parameter_counts(settings: dict[str, Any]) -> dict[str, int]:
-    """Trainable parameters {dit, encoder}, counted on the meta device: nothing is allocated."""
-    with torch.device("meta"):
-        model = DiER(model_config(settings))
-    return {"dit": count_parameters(model.dit), "encoder": count_parameters(model.encoder)}
+def parameter_counts(settings: dict[str, Any], method: Method = DIER) -> dict[str, int]:
+    """Trainable parameters of each part, {encoder, dit} for DiER, counted on the meta device:
+    nothing is allocated."""
+    try:
+        with torch.device("meta"):
+            model = method.build(settings)
+    except ValueError as error:  # sizes that do not fit each other
+        fail(str(error))
+    return {name: count_parameters(part) for name, part in model.named_children()}
 
 
 def describe_run(settings: dict, counts: dict[str, int], run: Path, auto: bool) -> None:
@@ -189,7 +215,8 @@ def describe_run(settings: dict, counts: dict[str, int], run: Path, auto: bool) 
     why = "no GPU: " if auto and settings["preset"] == "cpu" else ""
     more = "; --preset paper for Table 4" if settings["preset"] == "cpu" else ""
     print(f"{why}preset {settings['preset']}, {total:.1f}M parameters{more}")
-    print(f"encoder {counts['encoder'] / 1e6:.2f}M, DiT {counts['dit'] / 1e6:.2f}M, run {run}")
+    parts = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in counts.items())
+    print(f"{parts.replace('dit', 'DiT')}, run {run}")
     model = " ".join(
         f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}"
         for k, v in settings["model"].items()
@@ -215,21 +242,41 @@ def new_run(data: str) -> Path:
     return next(RUNS / name for name in names if not (RUNS / name).exists())
 
 
-def find_run(name: str | None, method: str = "dier") -> Path:
+def find_run(name: str | None, method: Method = DIER) -> Path:
     """The run that --run names, or the newest of `method`; exits where there is none."""
     if name is not None:
         path = run_path(name)
         if not (path / "checkpoint.pt").exists():
-            fail(f"no checkpoint in {path}: start with python train.py --run {name}")
+            fail(f"no checkpoint in {path}: start with python {method.train} --run {name}")
         return path
+    path = newest_run(method)
+    if path is None:
+        fail(f"no run in {RUNS}/: start with python {method.train}")
+    return path
+
+
+def newest_run(method: Method) -> Path | None:
+    """The run of `method` in runs/ whose checkpoint was written last, if there is one."""
     found = []
     for checkpoint in RUNS.glob("*/checkpoint.pt"):
         config = checkpoint.with_name("config.json")
-        if config.exists() and json.loads(config.read_text()).get("method") == method:
+        if config.exists() and json.loads(config.read_text()).get("method") == method.name:
             found.append(checkpoint)
-    if not found:
-        fail(f"no run in {RUNS}/: start with python train.py")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return newest and newest.parent
+
+
+def restore_model(state: dict[str, Any], method: Method = DIER, weights: str = "ema") -> nn.Module:
+    """The module of a checkpoint with its "ema" or "raw" weights."""
+    model = method.build(state["settings"])
+    model.load_state_dict(state["ema" if weights == "ema" else "model"])
+    return model
+
+
+def require_method(run: Path, settings: dict[str, Any], method: Method, command: str) -> None:
+    """Exit where the run is another method's, and name the command that takes it."""
+    if settings["method"] != method.name:
+        fail(f"{run} is a run of {settings['method']}: python {command} --run {run}")
 
 
 def read_checkpoint(run: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ With --json the last line printed is one JSON object: parameters {dit, encoder} 
 flag, plus steps, images, seconds and loss after training. With --dry-run that needs no data set.
 """
 
+import argparse
 import contextlib
 import copy
 import json
@@ -40,7 +41,6 @@ from torch.nn.parallel import DistributedDataParallel
 from data import Batches, load, mix_seed, save_grid, to_float
 from diffusion import T, alphas_cumprod, eps_loss, predict_x0, q_sample
 from files import written_whole
-from model import DiER
 from parallel import (
     ALONE,
     World,
@@ -55,7 +55,10 @@ from parallel import (
     world_from_environment,
 )
 from runs import (
+    BASELINES,
+    DIER,
     RUNS,
+    Method,
     Progress,
     build_parser,
     clock,
@@ -63,11 +66,12 @@ from runs import (
     describe_run,
     fail,
     find_run,
-    model_config,
     new_run,
+    newest_run,
     parameter_counts,
     pick_amp,
     read_checkpoint,
+    require_method,
     resolve,
     resolve_resume,
     run_main,
@@ -187,12 +191,19 @@ def flatten(model: torch.nn.Module) -> Tensor:
 class TrainState:
     """All that changes while training, and so all that a checkpoint holds."""
 
-    def __init__(self, settings: dict[str, Any], device: torch.device, world: World = ALONE):
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        device: torch.device,
+        world: World = ALONE,
+        method: Method = DIER,
+    ):
         torch.manual_seed(settings["seed"])
         self.settings, self.device, self.world, self.step = settings, device, world, 0
-        self.seconds = 0.0  # of training, over all invocations
-        self.model = DiER(model_config(settings)).to(device)
-        self.model.checkpoint_activations(settings["checkpoint_activations"])
+        self.method, self.seconds = method, 0.0  # of training, over all invocations
+        self.model = method.build(settings).to(device)
+        if settings["checkpoint_activations"]:
+            self.model.checkpoint_activations(True)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
             self.model.encoder.to(memory_format=torch.channels_last)  # what tensor cores read
@@ -227,11 +238,16 @@ class TrainState:
         self.step, self.seconds = state["step"], state["seconds"]
 
 
-def forward_loss(state: TrainState, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """Eq. 4.6 for each image: x0, eps (B, C, H, W), t (B,) -> (B,), with a graph for backward."""
+def forward_loss(
+    state: TrainState, x0: Tensor, t: Tensor, eps: Tensor, index: Tensor | None = None
+) -> Tensor:
+    """Eq. 4.6 for each image: x0, eps (B, C, H, W), t (B,) -> (B,), with a graph for backward. A
+    method without noise is its own loss; `index` (B,) says which images of the set x0 are."""
     amp = state.amp
     x_t = q_sample(x0, t, eps, state.abar)
     with torch.autocast(state.device.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
+        if not state.method.denoises:
+            return state.net(x0, index)
         eps_hat = state.net(x_t, t, x0)
     return eps_loss(eps_hat, eps)
 
@@ -249,14 +265,14 @@ def update(state: TrainState) -> Tensor:
     return grad_norm.detach()
 
 
-def training_step(state: TrainState, x0: Tensor, t: Tensor, eps: Tensor) -> None:
-    """One update of Eq. 4.6 on this process's images: x0, eps (B, C, H, W), t (B,).
+def training_step(state: TrainState, x0: Tensor, t: Tensor, eps: Tensor, *index: Tensor) -> None:
+    """One update of Eq. 4.6 on this process's images: x0, eps (B, C, H, W), t (B,), index (B,).
 
     With --accum N the batch goes through in N pieces whose gradients add up to the batch's; only
     the last one makes the processes exchange them. Never waits for the device.
     """
     losses, pieces = [], state.settings["accum"]
-    for k, piece in enumerate(zip(x0.chunk(pieces), t.chunk(pieces), eps.chunk(pieces))):
+    for k, piece in enumerate(zip(*(x.chunk(pieces) for x in (x0, t, eps, *index)))):
         alone = state.world.size > 1 and k < pieces - 1
         with state.net.no_sync() if alone else contextlib.nullcontext():
             loss = forward_loss(state, *piece)
@@ -357,7 +373,8 @@ def train(state: TrainState, batches: Batches, run: Path) -> float:
     state.model.train()
     while state.step < last and not over:
         t, flips, eps = draw(settings["seed"], state.step, shape, state.device, world.rank)
-        training_step(state, batches(state.step, flips, part), t[part], eps[part])
+        x0, index = batches(state.step, flips, part), batches.index(state.step, part)
+        training_step(state, x0, t[part], eps[part], index)
         now = time.monotonic()
         state.seconds = before + now - start
         if is_log_step(state.step):
@@ -375,13 +392,15 @@ def train(state: TrainState, batches: Batches, run: Path) -> float:
             saved = now
             if world.rank == 0:
                 state.save(run)
-                if over or state.step >= last or now - drawn > PREVIEW_SECONDS:
+                redraw = over or state.step >= last or now - drawn > PREVIEW_SECONDS
+                if redraw and state.method.denoises:
                     preview(state, batches, run / "preview.png")
                     drawn = now
     log.close()
     signal.signal(signal.SIGINT, previous)
     if stopped:
-        print(f"stopped at step {state.step}: python train.py --run {run} --resume goes on")
+        command = f"python {state.method.train} --run {run} --resume"
+        print(f"stopped at step {state.step}: {command} goes on")
         raise SystemExit(130)
     return time.monotonic() - start
 
@@ -390,8 +409,13 @@ def train(state: TrainState, batches: Batches, run: Path) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Resolve the settings, build or restore a run, train it, say what comes next."""
-    args = build_parser(__doc__).parse_args(argv)
+    """Train DiER as the flags say."""
+    start(build_parser(__doc__).parse_args(argv))
+
+
+def start(args: argparse.Namespace, method: Method = DIER) -> dict[str, Any]:
+    """Resolve the settings, build or restore a run, train it, say what comes next; returns what
+    --json prints."""
     state_dict, world = None, world_from_environment()
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, one process speaks for all
@@ -399,12 +423,13 @@ def main(argv: list[str] | None = None) -> None:
     if again:  # torchrun has started us anew after a crash
         args.run, args.resume = str(again), True
     if args.resume:
-        run = find_run(args.run)
+        run = find_run(args.run, method)
         state_dict = read_checkpoint(run)
-        settings = resolve_resume(args, state_dict["settings"])
+        require_method(run, state_dict["settings"], method, f"{BASELINES} --resume")
+        settings = resolve_resume(args, state_dict["settings"], method)
     else:
         args.data, args.seed = args.data or "glyphs", args.seed or 0
-        settings = resolve(args)
+        settings = resolve(args, method)
         run = run_path(args.run) if args.run else new_run(args.data)
         if (run / "checkpoint.pt").exists():
             fail(f"{run} holds a trained run: add --resume to go on, or choose another --run")
@@ -414,20 +439,26 @@ def main(argv: list[str] | None = None) -> None:
             f"--batch-size {settings['batch_size']} is not a multiple of {world.size} process(es) "
             f"x --accum {settings['accum']}; use {-(-settings['batch_size'] // pieces) * pieces}"
         )
-    counts = parameter_counts(settings)
+    counts = parameter_counts(settings, method)
     describe_run(settings, counts, run, args.preset == "auto" and not args.resume)
     result: dict[str, Any] = {**settings, "parameters": counts, "run": str(run)}
     if not args.dry_run:
         device = join(world, torch.device(settings["device"]))
         run = share_from_first(world, run)
         with ending_together(world, run):
-            result |= run_training(settings, state_dict, run, device, world)
+            result |= run_training(settings, state_dict, run, device, world, method)
     if args.json:
         print(json.dumps(result))
+    return result
 
 
 def run_training(
-    settings: dict, state_dict: dict | None, run: Path, device: torch.device, world: World
+    settings: dict,
+    state_dict: dict | None,
+    run: Path,
+    device: torch.device,
+    world: World,
+    method: Method,
 ) -> dict[str, Any]:
     """Load the data, build or restore the state, train; returns steps, images, seconds, loss."""
     compilers = (os.environ.get("CXX", "g++"), "clang++")
@@ -441,7 +472,8 @@ def run_training(
     batches = Batches(
         split.images, settings["batch_size"], settings["seed"], device, settings["flip"]
     )
-    state = TrainState(settings, device, world)
+    state = TrainState(settings, device, world, method)
+    method.prepare(state.model, split)
     if state_dict is not None:
         state.restore(state_dict)
         done = state.step * settings["batch_size"] / len(batches)
@@ -457,10 +489,10 @@ def run_training(
     seconds = train(state, batches, run)
     images = state.step * settings["batch_size"]
     rows = (run / "log.jsonl").read_text().splitlines()
-    named = "" if run == find_run(None) else f" --run {run}"
+    named = "" if run == newest_run(method) else f" --run {run}"
     print(
         f"{state.step:,} steps, {images:,} images seen, {clock(seconds)} in this call; next: "
-        f"python probe.py{named}" + (" --t 400" if settings["data"] == "glyphs" else "")
+        f"python {method.probe}{named}" + (" --t 400" if settings["data"] == "glyphs" else "")
     )
     loss = json.loads(rows[-1])["loss"] if rows else None
     return {"steps": state.step, "images": images, "seconds": seconds, "loss": loss}

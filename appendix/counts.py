@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import DiER
-from runs import build_parser, model_config, parameter_counts, resolve
+from runs import DIER, Method, build_parser, model_config, parameter_counts, resolve
 
 TRAINING_IMAGES = {  # of the official training sets
     "mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000, "tiny-imagenet": 100_000,
@@ -33,14 +33,14 @@ ASSUMED = {
 }
 
 
-def flops_per_image(settings: dict[str, Any]) -> int:
+def flops_per_image(settings: dict[str, Any], method: Method = DIER) -> int:
     """Floating point operations of forward and backward for one image, counted on `meta`."""
     with torch.device("meta"):
-        model = DiER(model_config(settings))
+        model = method.build(settings)
         x = torch.empty(2, settings["channels"], settings["size"], settings["size"])
         t = torch.zeros(2, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        model(x, t, x).mean().backward()
+        (model(x, t, x) if method.denoises else model(x, t)).mean().backward()
     return counter.get_total_flops() // 2
 
 

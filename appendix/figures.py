@@ -31,10 +31,10 @@ from appendix.chart import (
     line_panel,
     scatter_panel,
 )
+from appendix.methods import method_of
 from appendix.tsne import tsne
 from data import Split, load, mix_seed
 from features import encode, standardise, to_channels
-from model import DiER
 from probe import TIMES
 from runs import (
     Parser,
@@ -42,9 +42,9 @@ from runs import (
     count,
     fail,
     find_run,
-    model_config,
     pick_device,
     read_checkpoint,
+    restore_model,
     run_main,
     whole,
 )
@@ -66,6 +66,7 @@ class Run:
         self.path, self.name = path, path.name
         self.state = read_checkpoint(path)
         self.settings = self.state["settings"]
+        self.timed = method_of(self.settings).timed
         self.probe = read_json(path / "probe.json")
         log = path / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
@@ -73,9 +74,7 @@ class Run:
 
     def encoder(self) -> torch.nn.Module:
         """The encoder with its EMA weights."""
-        model = DiER(model_config(self.settings))
-        model.load_state_dict(self.state["ema"])
-        return model.encoder
+        return restore_model(self.state, method_of(self.settings)).encoder
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -102,6 +101,8 @@ def figure_4(runs: list[Run], path: Path) -> None:
     series = []
     for k, run in enumerate(runs):
         rows, colour = run.probe["rows"], COLOURS[k % len(COLOURS)]
+        if not run.timed:  # one row, the same for every t: a level line
+            rows = [{**rows[0], "t": t} for t in (TIMES[0], TIMES[-1])]
         t = [row["t"] for row in rows]
         series.append(Series(f"{run.name}, top-1", t, [row["top1"] for row in rows], colour))
         if rows[0]["top5"] is not None:
@@ -130,10 +131,16 @@ def figure_6(runs: list[Run], path: Path) -> None:
         top, bottom = 60 + 400 * k, 340 + 400 * k
         rows = [row for row in run.log if row["step"] % 50 == 0] or run.log
         whole_loss = Series("", *thin_out(rows, "loss"), COLOURS[0], shape=None)
+        denoises = method_of(run.settings).denoises
+        what = (
+            ("training MSE (Fig. 6)", "MSE of the noise") if denoises else ("training loss", "loss")
+        )
         line_panel(
-            canvas, (90, top, 540, bottom), [whole_loss], f"{run.name}: training MSE (Fig. 6)",
-            "images seen", "MSE of the noise", log_y=True,
+            canvas, (90, top, 540, bottom), [whole_loss], f"{run.name}: {what[0]}",
+            "images seen", what[1], log_y=True,
         )  # fmt: skip
+        if not denoises:  # its loss knows no t
+            continue
         tenths = []
         for i in range(10):  # dark to light: the colour shows the order
             ends = ((0, 240), (68, 170), (120, 60))
@@ -176,7 +183,7 @@ class Embedder:
         self.images = to_channels(self.test, settings["channels"])
         self.train_images = to_channels(train, settings["channels"])
 
-    def __call__(self, index: np.ndarray, t: int) -> Tensor:
+    def __call__(self, index: np.ndarray, t: int | None) -> Tensor:
         """(N, V) of the test images at `index`."""
         sets = [(self.train_images, "training sample"), (self.images[index], "test images")]
         values = [encode(self.encoder, x, [t], self.device, None, name) for x, name in sets]
@@ -184,7 +191,7 @@ class Embedder:
         return values[1][:, 0].float().cpu()
 
 
-def embed(embedder: Embedder, limit: int, seed: int, t: int) -> tuple[np.ndarray, ...]:
+def embed(embedder: Embedder, limit: int, seed: int, t: int | None) -> tuple[np.ndarray, ...]:
     """t-SNE at t: points (N, 2), labels (N,) and the classes' names."""
     index, names = some_classes(embedder.test, limit, seed)
     order = {embedder.test.class_names.index(name): k for k, name in enumerate(names)}
@@ -203,8 +210,9 @@ def figure_5(runs: list[Run], embedders: list[Embedder], args: argparse.Namespac
         points, labels, names = embed(embedder, args.limit or POINTS, args.seed, chosen_t(run))
         column, row = sets.index(run.settings["data"]), methods.index(run.settings["method"])
         left, top = 20 + column * (side + legend), 50 + row * (side + 60)
-        title = f"{run.settings['data']}, {run.settings['method']}: t-SNE of v_t at t = "
-        title += f"{chosen_t(run)}, {len(points):,} test images"
+        title = f"{run.settings['data']}, {run.settings['method']}: t-SNE of v"
+        title += f"_t at t = {chosen_t(run)}" if run.timed else ""
+        title += f", {len(points):,} test images"
         scatter_panel(
             canvas, (left, top, left + side, top + side), points, labels, title,
             2.2 if len(points) > 2000 else 3.2,
@@ -232,8 +240,8 @@ def figure_7(run: Run, embedder: Embedder, args: argparse.Namespace, path: Path)
     canvas.save(path)
 
 
-def chosen_t(run: Run) -> int:
-    """The t that the probe chose."""
+def chosen_t(run: Run) -> int | None:
+    """The t that the probe chose, None for a method without time."""
     return run.probe["chosen_t"]
 
 
@@ -263,13 +271,18 @@ def main(argv: list[str] | None = None) -> None:
         print(f"saved: {folder / 'fig6.png'}")
     missing = [run.name for run in runs if run.probe is None]
     if missing:
-        fail(f"no probe.json in {', '.join(missing)}: python probe.py --run {missing[0]} first")
+        first = next(run for run in runs if run.probe is None)
+        command = f"{method_of(first.settings).probe} --run {first.path}"
+        fail(f"no probe.json in {', '.join(missing)}: python {command} first")
     figure_4(runs, folder / "fig4.png")
     print(f"saved: {folder / 'fig4.png'}")
     embedders = [Embedder(run, device) for run in runs]
     figure_5(runs, embedders, args, folder / "fig5.png")
     print(f"saved: {folder / 'fig5.png'}")
     for run, embedder in zip(runs, embedders):
+        if not run.timed:
+            print(f"no Fig. 7 of {run.name}: {run.settings['method']} has one v for all t")
+            continue
         path = folder / ("fig7.png" if len(runs) == 1 else f"fig7-{run.name}.png")
         figure_7(run, embedder, args, path)
         print(f"saved: {path}")

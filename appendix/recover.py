@@ -1,4 +1,5 @@
-"""What v_t and the noise carry: images recovered by a trained DiER (Appendix C, Figs. 8-13).
+"""What v_t and the noise carry: images recovered by a trained DiER (Appendix C, Figs. 8-13), or by
+another method of methods.py that guesses the noise.
 
     python -m appendix.recover                        the newest run: from noise and from codes
     python -m appendix.recover --run mnist --steps 100 --n 16 --curve
@@ -25,13 +26,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from appendix.chart import Canvas
+from appendix.methods import method_of
 from data import load, mix_seed, to_float, to_uint8
 from diffusion import T, alphas_cumprod, ddim_times, denoise, invert, predict_x0, q_sample
 from features import to_channels
-from model import DiER
 from probe import TIMES
 from runs import (
     Parser,
@@ -39,10 +41,10 @@ from runs import (
     count,
     fail,
     find_run,
-    model_config,
     not_negative,
     pick_device,
     read_checkpoint,
+    restore_model,
     run_main,
     whole,
 )
@@ -57,12 +59,12 @@ Block = tuple[str, Tensor, int]  # title, images (B, C, H, W), columns
 
 
 @torch.no_grad()
-def trajectory(model: DiER, x0: Tensor, times: list[int]) -> dict[int, Tensor]:
+def trajectory(model: nn.Module, x0: Tensor, times: list[int]) -> dict[int, Tensor]:
     """v_t of x0 (B, C, H, W) for each of the times, {t: (B, V)}: once per image and step used."""
     return {t: model.encoder(x0, torch.full((len(x0),), t, device=x0.device)) for t in times}
 
 
-def eps_fn(model: DiER, v: dict[int, Tensor]) -> Callable[[Tensor, int], Tensor]:
+def eps_fn(model: nn.Module, v: dict[int, Tensor]) -> Callable[[Tensor, int], Tensor]:
     """The network as diffusion.py wants it: (x_t, t) -> eps, with v_t looked up."""
 
     @torch.no_grad()
@@ -85,7 +87,7 @@ def last(walk, what: str, steps: int) -> Tensor:
 
 
 def from_noise(
-    model: DiER, v: dict[int, Tensor], x_T: Tensor, steps: int, eta: float, seed: int
+    model: nn.Module, v: dict[int, Tensor], x_T: Tensor, steps: int, eta: float, seed: int
 ) -> Tensor:
     """Images decoded from x_T ~ N(0, I) (B, C, H, W), x_0-hat clipped; the noise of eta > 0 is
     seeded."""
@@ -94,12 +96,12 @@ def from_noise(
     return last(walk, "from noise", steps)
 
 
-def encode_code(model: DiER, v: dict[int, Tensor], x0: Tensor, steps: int) -> Tensor:
+def encode_code(model: nn.Module, v: dict[int, Tensor], x0: Tensor, steps: int) -> Tensor:
     """The stochastic code x_999 of x0 (B, C, H, W)."""
     return last(invert(eps_fn(model, v), x0, steps), "inversion", steps - 1)
 
 
-def from_code(model: DiER, v: dict[int, Tensor], code: Tensor, steps: int) -> Tensor:
+def from_code(model: nn.Module, v: dict[int, Tensor], code: Tensor, steps: int) -> Tensor:
     """Images decoded from stochastic codes (B, C, H, W); never clipped, eta = 0."""
     return last(denoise(eps_fn(model, v), code, steps, 0.0, False), "from code", steps)
 
@@ -181,7 +183,7 @@ def table_page(rows: list[tuple[str, Tensor]], heads: list[str], path: Path) -> 
 # ---------------------------------------------------------------------------- modes
 
 
-def recover(model: DiER, x0: Tensor, args: argparse.Namespace, run: Path) -> None:
+def recover(model: nn.Module, x0: Tensor, args: argparse.Namespace, run: Path) -> None:
     """Figs. 8-13: from random noise and from stochastic codes, beside the true images."""
     x_T = torch.randn(x0.shape, generator=torch.Generator().manual_seed(args.seed)).to(x0.device)
     columns = math.ceil(len(x0) ** 0.5)
@@ -203,7 +205,7 @@ def recover(model: DiER, x0: Tensor, args: argparse.Namespace, run: Path) -> Non
     page(list(made.values()), [truth], run / "recover.png")
 
 
-def interpolate(model: DiER, x0: Tensor, args: argparse.Namespace, run: Path) -> None:
+def interpolate(model: nn.Module, x0: Tensor, args: argparse.Namespace, run: Path) -> None:
     """From one image to the next: slerp of their codes, linear in their trajectories of v."""
     a, b = x0[0::2][: len(x0) // 2], x0[1::2][: len(x0) // 2]
     times = ddim_times(args.steps)
@@ -219,7 +221,7 @@ def interpolate(model: DiER, x0: Tensor, args: argparse.Namespace, run: Path) ->
     table_page(rows, heads, run / "recover-interpolate.png")
 
 
-def swap(model: DiER, x0: Tensor, args: argparse.Namespace, run: Path) -> None:
+def swap(model: nn.Module, x0: Tensor, args: argparse.Namespace, run: Path) -> None:
     """Row i, column j: the stochastic code of image i decoded with v of image j."""
     x0, times = x0[:8], ddim_times(args.steps)
     n, v = len(x0), trajectory(model, x0[:8], times)
@@ -239,7 +241,7 @@ def swap(model: DiER, x0: Tensor, args: argparse.Namespace, run: Path) -> None:
 
 
 def timesteps(
-    model: DiER, x0: Tensor, args: argparse.Namespace, run: Path, mean_v: dict[int, Tensor]
+    model: nn.Module, x0: Tensor, args: argparse.Namespace, run: Path, mean_v: dict[int, Tensor]
 ) -> None:
     """One-step estimates of x_0 from x_t, with the right v and with three that are wrong. Zero v
     lies off the distribution that the DiT has seen, and so overstates what v does; the mean does
@@ -303,9 +305,10 @@ def main(argv: list[str] | None = None) -> None:
     run = find_run(args.run)
     state = read_checkpoint(run)
     settings, device = state["settings"], pick_device(args.device)
-    model = DiER(model_config(settings))
-    model.load_state_dict(state["ema" if args.weights == "ema" else "model"])
-    model.to(device).eval()
+    method = method_of(settings)
+    if not method.denoises:
+        fail(f"{run} is a run of {method.name}, which makes no images: nothing can be recovered")
+    model = restore_model(state, method, args.weights).to(device).eval()
     args.data = args.data or settings["data"]
     data_dir = args.data_dir or Path(settings["data_dir"])
 

@@ -210,7 +210,7 @@ def test_without_a_probe_it_draws_fig_6_and_names_the_command(folder, capsys):
     with pytest.raises(SystemExit) as stop:
         figures.main(["--device", "cpu"])
     assert stop.value.code == 2 and (runs.RUNS / "set/fig6.png").exists()
-    assert "python probe.py --run set" in capsys.readouterr().err
+    assert "python probe.py --run runs/set first" in capsys.readouterr().err
 
 
 def test_training_curves_average_and_skip_empty_tenths():

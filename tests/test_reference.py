@@ -9,6 +9,7 @@ import torch
 from conftest import TINY
 
 import model as M
+import runs
 import train
 from appendix.reference import PlainDiER, PlainTraining
 from data import Batches, load
@@ -65,7 +66,7 @@ def test_the_training_step_equals_the_plain_step():
     args = train.build_parser().parse_args(flags)
     args.seed = 0
     state = train.TrainState(train.resolve(args), torch.device("cpu"))
-    plain = PlainDiER(train.model_config(state.settings))
+    plain = PlainDiER(runs.model_config(state.settings))
     plain.load_state_dict(state.model.state_dict())
     training = PlainTraining(plain, state.settings["lr"], 0.9999, 1.0)
     first = copy.deepcopy(plain.state_dict())
@@ -166,7 +167,7 @@ def test_the_loss_curve_is_the_references_within_the_noise_of_two_seeds(data, pr
         state = train.TrainState(settings, torch.device("cpu"))
         images = np.repeat(pixels, settings["channels"], axis=1)
         batches = Batches(images, batch, seed, torch.device("cpu"), False)
-        plain = PlainDiER(train.model_config(settings))
+        plain = PlainDiER(runs.model_config(settings))
         plain.load_state_dict(state.model.state_dict())
         training = PlainTraining(plain, settings["lr"], settings["ema"], settings["clip"])
         losses = []
