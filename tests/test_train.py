@@ -22,7 +22,7 @@ import model as M
 import probe
 import runs
 import train
-from appendix import bench, figures, recover
+from appendix import baselines, bench, figures, recover
 
 TIMES = ("seconds", "images_per_s")
 
@@ -338,7 +338,7 @@ def test_auto_precision_follows_the_hardware(monkeypatch):
     assert runs.pick_amp("auto", torch.device("cuda")) == torch.float16
 
 
-@pytest.mark.parametrize("module", [train, probe, bench, figures, recover])
+@pytest.mark.parametrize("module", [train, probe, bench, figures, recover, baselines])
 def test_every_flag_has_help(module):
     for action in module.build_parser()._actions:
         assert action.help and len(action.help) > 5, action.option_strings
