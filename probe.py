@@ -361,8 +361,7 @@ def probe(
     world: World = ALONE,
 ) -> dict[str, Any] | None:
     """Encode, train the heads, print the table, write probe.json: the whole protocol for encoder
-    and floors, each (B, C, H, W), (B,) -> (B, V). An encoder without time has the times [None].
-    Returns what probe.json holds, on rank 0."""
+    and floors, each (B, C, H, W), (B,) -> (B, V), without time at [None]; returns probe.json."""
     device = join(world, pick_device(args.device))
     amp = pick_amp(args.amp, device)
     name = args.data or settings["data"]
@@ -390,9 +389,8 @@ def probe(
             standardise(*values)
         rows = merge_rows(path, task.rows(*values, times), protocol)
     del values
-    chosen, oracle = share_from_first(
-        world, [choose(rows, key) for key in ("held_out", "top1")] if rows else None
-    )
+    both = [choose(rows, key) for key in ("held_out", "top1")] if rows else None
+    chosen, oracle = share_from_first(world, both)
     sources = {"pixels": [raw_pixels(x) for x in images]}
     for kind, untrained in floors.items():
         sources[kind] = encode_both(untrained, [chosen["t"]], kind)

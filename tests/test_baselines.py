@@ -147,7 +147,7 @@ def test_parameter_counts_of_table_5(data_name, millions):
     method = methods.METHODS["diffae"]
     settings = runs.resolve(baselines.build_parser().parse_args(args), method)
     counted = sum(runs.parameter_counts(settings, method).values()) / 1e6
-    assert counted == pytest.approx(millions, rel=0.01)
+    assert counted == pytest.approx(millions, abs=0.01)  # a block too few is half a percent
 
 
 @pytest.mark.slow

@@ -161,12 +161,14 @@ def test_trustworthiness_against_a_plain_loop():
 
 @pytest.fixture
 def probed(folder):
-    train.main(["--data", folder, *TINY, "--epochs", "40", "--device", "cpu"])
+    train.main(["--data", folder, *TINY, "--epochs", "10", "--device", "cpu"])
     probe.main(["--device", "cpu"])
     return runs.RUNS / "set"
 
 
-def test_one_run_gets_four_figures_and_the_chosen_t_is_framed(probed, capsys):
+def test_one_run_gets_four_figures_and_the_chosen_t_is_framed(probed, monkeypatch):
+    short = functools.partial(tsne.tsne, iterations=50)
+    monkeypatch.setattr(figures, "tsne", short)  # 12 of them
     result = json.loads((probed / "probe.json").read_text())
     (probed / "probe.json").write_text(json.dumps({**result, "chosen_t": 300}))
     figures.main(["--limit", "20", "--device", "cpu"])

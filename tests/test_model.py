@@ -236,7 +236,7 @@ def test_sizes_that_do_not_fit_say_so(change, words):
 
 @pytest.mark.parametrize(
     "row,batch",
-    [(32, 8), (64, 4), pytest.param(256, 1, marks=pytest.mark.slow)],
+    [(32, 2), (64, 1), pytest.param(256, 1, marks=pytest.mark.slow)],
 )
 def test_the_presets_of_table_4_take_a_training_step(row, batch):
     cfg = M.PRESETS["paper"][row].model

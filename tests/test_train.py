@@ -22,7 +22,7 @@ import model as M
 import probe
 import runs
 import train
-from appendix import bench, figures, recover
+from appendix import baselines, bench, figures, recover
 
 TIMES = ("seconds", "images_per_s")
 
@@ -201,9 +201,8 @@ def test_resume_after_kill_9_is_bit_for_bit(folder, tmp_path):
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     assert checkpoint("cut")["step"] < 300
-    resume = [*command[:3], "--run", "cut", "--resume", "--device", "cpu"]
-    subprocess.run(resume, env=env, check=True, stdout=subprocess.DEVNULL)
-    subprocess.run([*command, "straight"], env=env, check=True, stdout=subprocess.DEVNULL)
+    train.main(["--run", "cut", "--resume", "--device", "cpu"])  # in another process than the cut
+    train.main([*flags, "straight"])
     assert rows("cut") == rows("straight")
     assert_same(checkpoint("cut"), checkpoint("straight"))
 
@@ -339,7 +338,7 @@ def test_auto_precision_follows_the_hardware(monkeypatch):
     assert runs.pick_amp("auto", torch.device("cuda")) == torch.float16
 
 
-@pytest.mark.parametrize("module", [train, probe, bench, figures, recover])
+@pytest.mark.parametrize("module", [train, probe, bench, figures, recover, baselines])
 def test_every_flag_has_help(module):
     for action in module.build_parser()._actions:
         assert action.help and len(action.help) > 5, action.option_strings
