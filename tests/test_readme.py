@@ -7,7 +7,7 @@ from conftest import ROOT
 
 import probe
 import train
-from appendix import bench, figures, recover
+from appendix import baselines, bench, figures, recover
 
 README = (ROOT / "README.md").read_text()
 
@@ -33,7 +33,7 @@ def test_other_tests_that_the_text_names_exist():
 
 
 def test_flags_of_the_readme_exist():
-    modules = [train, probe, bench, recover, figures]
+    modules = [train, probe, bench, recover, figures, baselines]
     known = {o for m in modules for a in m.build_parser()._actions for o in a.option_strings}
     ours = re.sub(r"torchrun .*?(?=train\.py|probe\.py)", "", README, flags=re.DOTALL)
     for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours):
@@ -44,6 +44,7 @@ def test_every_command_line_of_the_readme_is_understood():
     """Commands inside code blocks, with their flags, are accepted by the script's own parser."""
     scripts = {"train.py": train, "probe.py": probe, "appendix.bench": bench}
     scripts |= {"appendix.recover": recover, "appendix.figures": figures}
+    scripts["appendix.baselines"] = baselines
     blocks = "\n".join(re.findall(r"```\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
     seen = set()
     for name, flags in re.findall(r"(?:python (?:-m )?|torchrun .*?)(train\.py|probe\.py|"
