@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Split, to_float
+from log import Progress
 from parallel import ALONE, World, sum_to_first
-from runs import Progress
 
 PIXELS = 32  # raw pixels are compared at 32 x 32 at most: 256 x 256 are 196,608 weights a class
 IN_MEMORY = 6 * 2**30  # bytes of features kept in RAM; more goes to a file

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from files import DataError, written_whole
+from files import DataError
 from model import PRESETS, DiER, ModelConfig, Preset, count_parameters
 from sets import INFOS, describe
 
@@ -289,44 +288,7 @@ def read_checkpoint(run: Path) -> dict[str, Any]:
         fail(f"{path} cannot be read ({reason}): delete the folder {run} and train again")
 
 
-def cut_log(path: Path, step: int) -> None:
-    """Drop rows after `step` and a torn last line, so that a resumed log has no row twice."""
-    if not path.exists():
-        return
-    keep = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                keep.append(line + "\n")
-        except ValueError:
-            break
-    with written_whole(path) as temporary:
-        temporary.write_text("".join(keep))
-
-
 # ---------------------------------------------------------------------------- messages and flags
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-class Progress:
-    """The progress line: rewritten in place on a terminal, a new line every 10 s in a file."""
-
-    def __init__(self) -> None:
-        self.last = -math.inf
-
-    def show(self, text: str, final: bool = False) -> None:
-        """Print `text`; final ends the line."""
-        if sys.stdout.isatty():
-            print(f"\r\033[K{text}", end="\n" if final else "", flush=True)
-        elif final or time.monotonic() - self.last > 10:
-            print(text, flush=True)
-            self.last = time.monotonic()
 
 
 def _number(kind: type, low: float, high: float, what: str):

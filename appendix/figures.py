@@ -35,10 +35,10 @@ from appendix.methods import method_of
 from appendix.tsne import tsne
 from data import Split, load, mix_seed
 from features import encode, standardise, to_channels
+from log import Progress
 from probe import TIMES
 from runs import (
     Parser,
-    Progress,
     count,
     fail,
     find_run,

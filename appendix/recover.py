@@ -34,10 +34,10 @@ from appendix.methods import method_of
 from data import load, mix_seed, to_float, to_uint8
 from diffusion import T, alphas_cumprod, ddim_times, denoise, invert, predict_x0, q_sample
 from features import to_channels
+from log import Progress
 from probe import TIMES
 from runs import (
     Parser,
-    Progress,
     count,
     fail,
     find_run,

@@ -161,7 +161,7 @@ def test_trustworthiness_against_a_plain_loop():
 
 @pytest.fixture
 def probed(folder):
-    train.main(["--data", folder, *TINY, "--epochs", "10", "--device", "cpu"])
+    train.main(["--data", folder, *TINY, "--epochs", "10", "--batch-size", "32", "--device", "cpu"])
     probe.main(["--device", "cpu"])
     return runs.RUNS / "set"
 

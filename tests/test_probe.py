@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import TINY, write_folder
 
 import features
+import heads
 import model as M
 import probe
 import runs
@@ -26,8 +27,8 @@ def blobs(n, classes=4, width=16, seed=0, times=2):
 
 
 def fit(x, y, x_test, y_test, folds=None, classes=4, **change):
-    folds = torch.from_numpy(probe.make_folds(len(y), None, 0)) if folds is None else folds
-    task = probe.Task(y, y_test, folds, classes, **{**SETTINGS, **change})
+    folds = torch.from_numpy(heads.make_folds(len(y), None, 0)) if folds is None else folds
+    task = heads.Task(y, y_test, folds, classes, **{**SETTINGS, **change})
     return task.evaluate(x, x_test)
 
 
@@ -46,8 +47,8 @@ def test_heads_equal_a_plain_loop_over_heads_and_times():
     """Each head alone: its own AdamW, its own mean over the images that it may see."""
     x, y = blobs(96, seed=3)
     folds = torch.arange(96) % 3
-    weight, bias = probe.train_heads(x, y, folds, 4, 12, 5e-3, 32, seed=7)
-    generator = torch.Generator().manual_seed(probe.mix_seed(7, 2))
+    weight, bias = heads.train_heads(x, y, folds, 4, 12, 5e-3, 32, seed=7)
+    generator = torch.Generator().manual_seed(heads.mix_seed(7, 2))
     start = 0.01 * torch.randn(2, 16, 16, generator=generator)
     orders = [torch.randperm(96, generator=generator) for _ in range(12)]
     for s in range(2):
@@ -68,7 +69,7 @@ def test_heads_equal_a_plain_loop_over_heads_and_times():
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
-    rates = [probe.learning_rate(i, 100, 10, 2.0) for i in range(100)]
+    rates = [heads.learning_rate(i, 100, 10, 2.0) for i in range(100)]
     assert rates[0] == 0.2 and rates[9] == 2.0 and max(rates) == 2.0
     assert rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.03
 
@@ -76,7 +77,7 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 def test_top5_counts_the_first_five():
     x, labels = torch.eye(12)[:, None], torch.arange(12)
     weight = torch.arange(12.0).expand(12, 12).T[None].clone()  # class 11 wins, then 10, ...
-    ranks = probe.head_ranks(x, labels, weight, torch.zeros(1, 12, 1), 12)
+    ranks = heads.head_ranks(x, labels, weight, torch.zeros(1, 12, 1), 12)
     assert ranks.shape == (1, 1, 12) and ranks[0, 0].tolist() == list(range(11, -1, -1))
 
 
@@ -89,7 +90,7 @@ def test_t_is_chosen_without_the_test_labels():
     choices = []
     for labels in (y_test, (y_test + 1) % 4):  # poisoned: each test label is wrong
         rows = [{"t": t, **r} for t, r in zip((0, 500, 999), fit(x, y, x_test, labels))]
-        choices.append((probe.choose(rows, "held_out")["t"], rows))
+        choices.append((heads.choose(rows, "held_out")["t"], rows))
     assert choices[0][0] == choices[1][0] == 500
     held = [[r["held_out"] for r in rows] for _, rows in choices]
     assert held[0] == held[1]
@@ -98,13 +99,13 @@ def test_t_is_chosen_without_the_test_labels():
 
 def test_folds_keep_groups_together_and_hold_everything_out_once():
     groups = np.random.default_rng(0).integers(0, 60, 1000)
-    folds = probe.make_folds(1000, groups, 0)
+    folds = heads.make_folds(1000, groups, 0)
     assert set(folds) == set(range(5))
     assert all(len(set(folds[groups == g])) == 1 for g in set(groups))
-    big = probe.make_folds(10_000, np.arange(10_000) // 4, 0)
+    big = heads.make_folds(10_000, np.arange(10_000) // 4, 0)
     assert set(big) == {-1, 0} and 0.08 < (big == 0).mean() < 0.12
     assert all(len(set(big[i : i + 4])) == 1 for i in range(0, 10_000, 4))
-    alone = probe.make_folds(1000, None, 0)
+    alone = heads.make_folds(1000, None, 0)
     assert np.bincount(alone).tolist() == [200] * 5
 
 
@@ -120,8 +121,8 @@ def test_knn_against_numpy(monkeypatch):
     stored = [torch.from_numpy(x)[:, None].float() for x in (train_x, test_x)]
     labels = [torch.from_numpy(a) for a in (y, y_test)]
     for block in (7, 4000):  # in many blocks, smaller than 20 neighbours, and in one
-        monkeypatch.setattr(probe, "KNN_BLOCK", block)
-        assert probe.knn_accuracy(*stored, 0, *labels, 3) == pytest.approx(100 * hits / 40)
+        monkeypatch.setattr(heads, "KNN_BLOCK", block)
+        assert heads.knn_accuracy(*stored, 0, *labels, 3) == pytest.approx(100 * hits / 40)
 
 
 def test_standardising_uses_the_training_set_alone():
@@ -139,7 +140,7 @@ def test_standardising_uses_the_training_set_alone():
 
 def test_features_that_do_not_fit_go_to_a_file_that_leaves_nothing(tmp_path, monkeypatch):
     (x, y), (x_test, y_test) = blobs(400), blobs(200, seed=1)
-    folds, rows = torch.from_numpy(probe.make_folds(400, None, 0)), []
+    folds, rows = torch.from_numpy(heads.make_folds(400, None, 0)), []
     for limit in (features.IN_MEMORY, 100):
         monkeypatch.setattr(features, "IN_MEMORY", limit)
         out = [features.room(part.shape, torch.device("cpu"), tmp_path) for part in (x, x_test)]
@@ -148,7 +149,7 @@ def test_features_that_do_not_fit_go_to_a_file_that_leaves_nothing(tmp_path, mon
             values.copy_(part)
         assert list(tmp_path.iterdir()) == []
         features.standardise(*out)
-        rows.append(probe.Task(y, y_test, folds, 4, **SETTINGS).evaluate(*out))
+        rows.append(heads.Task(y, y_test, folds, 4, **SETTINGS).evaluate(*out))
     assert rows[0] == rows[1] and rows[0][0]["top1"] == 100
 
 
@@ -157,16 +158,16 @@ def test_half_precision_changes_no_accuracy_by_more_than_a_third_of_a_point():
     (x, y), (x_test, y_test) = blobs(4000, seed=5), blobs(2000, seed=6)
     noise = torch.Generator().manual_seed(0)
     x, x_test = (0.3 + 0.02 * (p + 2 * torch.randn(p.shape, generator=noise)) for p in (x, x_test))
-    folds, results = torch.from_numpy(probe.make_folds(4000, None, 0)), []
+    folds, results = torch.from_numpy(heads.make_folds(4000, None, 0)), []
     for both in ([x, x_test], [x.half(), x_test.half()]):
         features.standardise(*both)
-        results.append(probe.Task(y, y_test, folds, 4, **SETTINGS).evaluate(*both))
+        results.append(heads.Task(y, y_test, folds, 4, **SETTINGS).evaluate(*both))
     for a, b in zip(*results):
         assert 60 < a["top1"] < 99 and abs(a["top1"] - b["top1"]) <= 0.3
 
 
 def test_wilson_interval():
-    low, high = probe.binomial_interval(90.0, 100)  # tabulated: 0.826 to 0.945
+    low, high = heads.binomial_interval(90.0, 100)  # tabulated: 0.826 to 0.945
     assert low == pytest.approx(82.56, abs=0.02) and high == pytest.approx(94.48, abs=0.02)
 
 

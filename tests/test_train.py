@@ -23,6 +23,7 @@ import probe
 import runs
 import train
 from appendix import baselines, bench, figures, recover
+from log import Window, cut_log
 
 TIMES = ("seconds", "images_per_s")
 
@@ -99,7 +100,7 @@ def test_a_flattened_model_computes_the_same_and_shares_its_memory():
 
 
 def test_window_means_by_tenth_of_t():
-    window = train.Window(torch.device("cpu"))
+    window = Window(torch.device("cpu"))
     t = torch.tensor([0, 99, 100, 999])
     window.add(1, torch.tensor([1.0, 3.0, 5.0, 7.0]), t, torch.tensor(2.0))
     window.add(2, torch.tensor([2.0, 2.0, 2.0, 2.0]), t, torch.tensor(float("inf")))
@@ -353,8 +354,8 @@ def imports(path):
 
 
 def test_nothing_is_imported_but_torch_numpy_pillow_and_the_standard_library():
-    order = ["diffusion", "model", "files", "sets", "data", "parallel", "runs", "features"]
-    order += ["train", "probe"]  # each may import those before it; the appendix all
+    order = ["diffusion", "model", "files", "sets", "data", "parallel", "log", "runs", "features"]
+    order += ["heads", "train", "probe"]  # each may import those before it; the appendix all
     assert sorted(order) == sorted(path.stem for path in ROOT.glob("*.py"))
     allowed = {"torch", "numpy", "PIL", *sys.stdlib_module_names}
     for path in [*ROOT.glob("*.py"), *ROOT.glob("appendix/*.py")]:
@@ -388,7 +389,7 @@ def test_no_run_yet(tmp_path):
 def test_cut_log_survives_a_torn_line(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    runs.cut_log(log, 2)
+    cut_log(log, 2)
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2]
     assert np.all([p.name == "log.jsonl" for p in tmp_path.iterdir()])
 
