@@ -66,14 +66,14 @@ def test_the_report_compares_two_processes(tmp_path, monkeypatch, capsys):
         assert word in out
 
 
+@pytest.mark.slow  # counting FLOPs at 256 pixels
 def test_the_estimate_is_arithmetic_on_what_it_states(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(bench.TRAINING_IMAGES, "bccd")  # counting at 256 pixels takes 10 s a set
     bench.main(["--estimate"])
     result = json.loads((tmp_path / "results/estimate.json").read_text())
     assert result["measured"] is False and "formula" in result["assumptions"]
     rows = {(r["data"], r["gpus"]): r for r in result["rows"]}
-    assert {g for _, g in rows} == {1, 8, 64} and len({d for d, _ in rows}) == 5
+    assert {g for _, g in rows} == {1, 8, 64} and len({d for d, _ in rows}) == 6
     one, eight = rows["cifar10", 1], rows["cifar10", 8]
     a = result["assumptions"]
     by_hand = 200 * 50_000 * one["flops_per_image"] / (a["mfu"] * a["peak_flops"]) / 3600

@@ -136,6 +136,7 @@ def test_a_killed_process_ends_the_others_with_one_line(tmp_path):
     assert 0 < checkpoint["step"] < 600
 
 
+@pytest.mark.slow
 def test_with_a_restart_training_goes_on_by_itself(tmp_path):
     code, out, err = kill_one(tmp_path, launch=["--max-restarts=1"])
     assert code == 0, err

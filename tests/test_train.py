@@ -188,6 +188,7 @@ def test_resume_after_ctrl_c_is_bit_for_bit(folder, amp, monkeypatch, capsys):
     assert times == sorted(times)  # the clock goes on where the first call left it
 
 
+@pytest.mark.slow
 def test_resume_after_kill_9_is_bit_for_bit(folder, tmp_path):
     flags = ["--device", "cpu", *TINY, "--data", folder, "--epochs", "120", *LONG, "--run"]
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; train.SAVE_SECONDS = 0.3;"
