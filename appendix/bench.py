@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import heads
 import probe
 import train
 from appendix.chart import SHAPES, Canvas, Series, line_panel, style
@@ -188,12 +189,12 @@ def probe_cost(settings: dict[str, Any], images: int) -> dict[str, float]:
     classes = settings["classes"]
     features = torch.randn(images, len(probe.TIMES), 1024).half()
     labels = torch.randint(classes, (images,))
-    folds = torch.from_numpy(probe.make_folds(images, None, 0))
+    folds = torch.from_numpy(heads.make_folds(images, None, 0))
     start = time.perf_counter()
-    probe.train_heads(features, labels, folds, classes, 100, 2e-4, 256, 0)
-    heads = time.perf_counter() - start
-    ratio = (100 * encoding + heads) / (encoding + heads)
-    return {"images": images, "encode_s": encoding, "heads_s": heads, "ratio": ratio}
+    heads.train_heads(features, labels, folds, classes, 100, 2e-4, 256, 0)
+    training = time.perf_counter() - start
+    ratio = (100 * encoding + training) / (encoding + training)
+    return {"images": images, "encode_s": encoding, "heads_s": training, "ratio": ratio}
 
 
 # ---------------------------------------------------------------------------- command line

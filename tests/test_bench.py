@@ -1,12 +1,14 @@
 """appendix/bench.py: the figures that can be known without a clock, and the report as a whole."""
 
 import json
+import time
 
 import pytest
 import torch
 from conftest import TINY
 from PIL import Image
 
+import heads
 import train
 from appendix import bench, measure
 
@@ -96,3 +98,14 @@ def test_growth_draws_what_it_measured(tmp_path):
 
 def test_matmul_peak_stops_growing_when_products_take_long():
     assert bench.matmul_peak(torch.float32, torch.device("cpu")) > 1e8
+
+
+def test_the_cost_of_the_probe_counts_the_time_of_both_parts(monkeypatch):
+    """Encoding a part of 1,000 takes 0.1 s here, so 300 images take 0.03 s; the heads are real."""
+    monkeypatch.setattr(bench, "encode", lambda e, x, times, *_: time.sleep(1e-4 * len(x)))
+    real = heads.train_heads
+    monkeypatch.setattr(heads, "train_heads", lambda *a: (real(*a), time.sleep(0.5)))
+    r = bench.probe_cost(settings("--preset", "cpu"), 300)
+    assert r["encode_s"] == pytest.approx(0.03, rel=0.3) and 0.5 < r["heads_s"] < 20
+    e, h = r["encode_s"], r["heads_s"]
+    assert r["ratio"] == pytest.approx((100 * e + h) / (e + h))
