@@ -86,7 +86,8 @@ def presets(paper: list, cpu: list) -> dict[str, dict[int | str, Preset]]:
     and minutes are DiER's, and so is the learning rate of the paper's rows."""
     table: dict[str, dict[int | str, Preset]] = {"paper": {}, "cpu": {}}
     for name, models in (("paper", paper), ("cpu", cpu)):
-        of_row: dict[int | str, Any] = dict(zip(ROWS, models)) | {"glyphs": models[0]}
+        small = dict.fromkeys(("glyphs", "mnist"), models[0])
+        of_row: dict[int | str, Any] = dict(zip(ROWS, models)) | small
         for row, dier in PRESETS[name].items():
             lr = dier.lr if name == "paper" else CPU_LR
             table[name][row] = Preset(of_row[row], dier.batch_size, lr, dier.epochs, dier.minutes)

@@ -93,7 +93,14 @@ def test_the_cpu_preset_has_its_input_size_and_is_small(row, size):
     cfg = M.PRESETS["cpu"][row].model
     with torch.device("meta"):
         model = M.DiER(cfg)
-    assert cfg.size == size and M.count_parameters(model) < 5e6
+    assert cfg.size == size and M.count_parameters(model) < 7e6
+
+
+@pytest.mark.parametrize("name", M.PRESETS)
+def test_a_token_of_every_preset_is_wide_enough_for_the_noise_of_its_patch(name):
+    for row, preset in M.PRESETS[name].items():
+        channels = 1 if row in ("glyphs", "mnist") else 3
+        assert preset.model.hidden >= preset.model.patch**2 * channels
 
 
 def test_initial_output_is_zero_so_the_first_loss_is_one():
