@@ -223,6 +223,12 @@ def describe_run(settings: dict, counts: dict[str, int], run: Path, auto: bool) 
     rest = {k: v for k, v in settings.items() if k not in HIDDEN}
     print(f"model: {model}")
     print("train: " + " ".join(f"{k}={v}" for k, v in rest.items()))
+    values = settings["model"].get("patch", 0) ** 2 * settings["channels"]  # of a patch's noise
+    if "dit" in counts and (lost := 1 - settings["model"]["hidden"] / values) > 0:
+        print(
+            f"a patch's {values} values do not fit a token of {settings['model']['hidden']}: "
+            f"{lost:.0%} of the noise stays in the loss; use --model with a smaller patch"
+        )
 
 
 # ---------------------------------------------------------------------------- runs on disk

@@ -103,6 +103,16 @@ def test_a_token_of_every_preset_is_wide_enough_for_the_noise_of_its_patch(name)
         assert preset.model.hidden >= preset.model.patch**2 * channels
 
 
+def test_noise_that_does_not_fit_a_token_never_reaches_the_dit():
+    dit = randomise(M.DiT(replace(TINY, patch=4)))  # 48 numbers of a patch into 16
+    x_t, v = torch.randn(1, 3, 8, 8), torch.randn(1, M.V)
+    kernel = torch.linalg.svd(dit.embed.weight)[2][16:]  # the 32 directions the product loses
+    lost = M.unpatchify(torch.randn(1, 4, 32) @ kernel, 4, 3)
+    t = torch.tensor([500])
+    assert torch.allclose(dit(x_t, t, v), dit(x_t + lost, t, v), atol=1e-3)
+    assert not torch.allclose(dit(x_t, t, v), dit(x_t + torch.randn_like(x_t), t, v), atol=0.1)
+
+
 def test_initial_output_is_zero_so_the_first_loss_is_one():
     model = M.DiER(TINY)
     x0 = torch.rand(64, 3, 8, 8) * 2 - 1

@@ -299,6 +299,14 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path):
 # ---------------------------------------------------------------------------- the command line
 
 
+def test_a_patch_too_large_for_its_token_is_said(capsys):
+    train.main(["--data", "cifar10", "--preset", "cpu", "--dry-run"])
+    assert "do not fit" not in capsys.readouterr().out
+    train.main(["--data", "cifar10", "--preset", "cpu", "--dry-run", "--model", "patch=8"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "192 values do not fit a token of 128: 33% of the noise stays" in line
+
+
 @pytest.mark.parametrize("data", list(runs.INFOS))
 @pytest.mark.parametrize("preset", ["paper", "cpu"])
 def test_dry_run_needs_no_set_and_writes_nothing(data, preset, tmp_path, monkeypatch, capsys):
