@@ -47,6 +47,7 @@ def test_parts_of_a_batch_cover_it_once():
     assert agree(World(), 3, True, False) == [True, False]
 
 
+@pytest.mark.slow  # half a minute: four starts of processes
 def test_two_processes_learn_what_one_learns_and_runs_pass_between_them(tmp_path):
     write_folder(tmp_path / "set", per_class=24)
     one = [*FLAGS, "--data", "set", "--epochs", "7", "--run"]  # 21 steps
