@@ -16,6 +16,7 @@ from torch import Tensor
 from diffusion import T
 from files import written_whole
 from parallel import World, largest, sum_to_first
+from runs import fail
 
 
 def clock(seconds: float) -> str:
@@ -101,6 +102,23 @@ class Window:
         """Take the sums back from a checkpoint."""
         for name in self.FIELDS:
             setattr(self, name, state[name].to(self.loss.device))
+
+
+def check_finite(state: Any, run: Path) -> None:
+    """End the run where a loss was not finite; the last good checkpoint stays. `state` is a
+    train.py:TrainState."""
+    bad = int(state.window.bad_step.item())
+    if bad < 0:
+        return
+    if state.world.rank:
+        raise SystemExit(2)  # rank 0 has the sums, and says it
+    tenths = [i for i, s in enumerate(state.window.loss.tolist()) if not math.isfinite(s)]
+    where = ", ".join(f"{100 * i}-{100 * i + 99}" for i in tenths)
+    kept = f"{run}/checkpoint.pt is the last good one" if (run / "checkpoint.pt").exists() else ""
+    fail(
+        f"the loss is not finite since step {bad} (t in {where}; lr {state.settings['lr']:g}, amp "
+        f"{state.settings['amp']}): try a smaller --lr, or --amp off. {kept}"
+    )
 
 
 class Log:

@@ -111,7 +111,7 @@ PRESETS: dict[str, dict[int | str, Preset]] = {
     # What was compared is in results/screen-mnist.json and long-mnist.json.
     # A token must hold the noise of its patch: where patch^2 * channels numbers go into a narrower
     # one, the share that does not fit, 1 - hidden / (patch^2 * channels), stays in the loss for
-    # ever. Grey images take patch 8 (64 numbers), colour needs 4 (48), or a wider DiT.
+    # ever. The digits take patch 8 (64 numbers), colour needs 4 (48), or a wider DiT.
     "cpu": {
         "glyphs": Preset(_cpu(16, 8, (1, 2, 4)), 32, 2e-3, None, 4.0),  # five minutes with a probe
         "mnist": Preset(_cpu(16, 8, (1, 2, 8)), 64, 2e-3, None, 30.0),

@@ -52,6 +52,7 @@ class Method:
     presets: dict[str, dict[int | str, Preset]]
     denoises: bool = True
     timed: bool = True
+    recomputes: bool = False  # knows --checkpoint-activations
     train: str = "train.py"  # the commands that the messages name
     probe: str = "probe.py"
     prepare: Callable[[nn.Module, Any], None] = lambda model, split: None
@@ -62,7 +63,7 @@ def build_dier(settings: dict[str, Any]) -> DiER:
     return DiER(model_config(settings))
 
 
-DIER = Method("dier", build_dier, PRESETS)
+DIER = Method("dier", build_dier, PRESETS, recomputes=True)
 
 
 def pick_device(name: str) -> torch.device:

@@ -41,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import Batches, load, mix_seed, save_grid, to_float
 from diffusion import T, alphas_cumprod, eps_loss, predict_x0, q_sample
 from files import written_whole
-from log import Log, Window, clock, cut_log, is_log_step
+from log import Log, Window, check_finite, clock, cut_log, is_log_step
 from parallel import (
     ALONE,
     World,
@@ -223,22 +223,6 @@ def training_step(state: TrainState, x0: Tensor, t: Tensor, eps: Tensor, *index:
 # ---------------------------------------------------------------------------- the loop
 
 
-def check_finite(state: TrainState, run: Path) -> None:
-    """End the run where a loss was not finite; the last good checkpoint stays."""
-    bad = int(state.window.bad_step.item())
-    if bad < 0:
-        return
-    if state.world.rank:
-        raise SystemExit(2)  # rank 0 has the sums, and says it
-    tenths = [i for i, s in enumerate(state.window.loss.tolist()) if not math.isfinite(s)]
-    where = ", ".join(f"{100 * i}-{100 * i + 99}" for i in tenths)
-    kept = f"{run}/checkpoint.pt is the last good one" if (run / "checkpoint.pt").exists() else ""
-    fail(
-        f"the loss is not finite since step {bad} (t in {where}; lr {state.settings['lr']:g}, amp "
-        f"{state.settings['amp']}): try a smaller --lr, or --amp off. {kept}"
-    )
-
-
 @torch.no_grad()
 def preview(state: TrainState, batches: Batches, path: Path) -> None:
     """Show a person what is being learned: for four training images and five t, one row a t, x_0,
@@ -333,6 +317,8 @@ def start(args: argparse.Namespace, method: Method = DIER) -> dict[str, Any]:
         run = run_path(args.run) if args.run else new_run(args.data)
         if (run / "checkpoint.pt").exists():
             fail(f"{run} holds a trained run: add --resume to go on, or choose another --run")
+    if settings["checkpoint_activations"] and not method.recomputes:
+        fail(f"--checkpoint-activations: {method.name} has none to compute again; leave it out")
     pieces = world.size * settings["accum"]
     if settings["batch_size"] % pieces:
         fail(

@@ -5,17 +5,18 @@
     python -m appendix.baselines --probe --run mnist                 probe again: probe.py's flags
     python -m appendix.baselines --table --data mnist --minutes 3 --seeds 2
     python -m appendix.baselines --table --methods dier,dier-notime --minutes 30 --seeds 2 \\
-        --data mnist --out results/time-mnist.json
+        --data mnist --out runs/time-mnist.json
 
 The methods stand in methods.py, the table in table.py. A run's folder is as train.py and probe.py
 leave it; where v does not depend on t, probe.json has one row with t null.
 
 --table gives every method and seed the same minutes (or --epochs), probes each on 10,000 labels and
-writes results/table1-DATA.json after each cell: method and seed. A cell that is in the file is not
+writes runs/table1-DATA.json after each cell: method and seed. A cell that is in the file is not
 run again, so a table can be stopped and goes on; the cell in work is then trained from its start.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -25,12 +26,14 @@ from appendix.methods import METHODS, method_of
 from appendix.table import make_table, parse_names
 from parallel import world_from_environment
 from runs import (
+    BASELINES,
     DIER,
     Parser,
     fail,
     find_run,
     newest_run,
     read_checkpoint,
+    require_method,
     run_main,
     run_path,
     whole,
@@ -48,8 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--probe", action="store_true", help="probe --run again; takes probe.py's flags")
     p.add_argument("--table", action="store_true", help="run all methods, write Table 1")
     p.add_argument("--methods", help="only these of the table, such as dier,dier-notime (all)")
-    p.add_argument("--seeds", type=whole, default=1, help="runs of each method in the table (1)")
-    p.add_argument("--out", type=Path, help="file of the table (results/table1-DATA.json)")
+    p.add_argument("--seeds", type=whole, help="runs of each method in the table (1)")
+    p.add_argument("--out", type=Path, help="file of the table (runs/table1-DATA.json)")
     return p
 
 
@@ -58,21 +61,23 @@ def probe_parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m appendix.baselines --probe", parents=[probe.build_parser()],
                add_help=False)  # fmt: skip
     p.add_argument("--probe", action="store_true", help="this command")
-    p.add_argument("--method", choices=list(METHODS), help="whose newest run (any but dier)")
+    p.add_argument("--method", choices=list(METHODS), help="whose newest run (all but dier)")
     return p
 
 
 def probe_again(args: argparse.Namespace) -> None:
-    """Probe the run that --run names, or the newest of --method, or of any method here."""
+    """Probe the run that --run names, or the newest of --method, or of all but dier."""
     names = [args.method] if args.method else [name for name in METHODS if name != DIER.name]
-    newest = {newest_run(METHODS[name]): name for name in names if not args.run}
-    newest.pop(None, None)
+    newest = [path for name in names if not args.run and (path := newest_run(METHODS[name]))]
     if newest:
         run = max(newest, key=lambda path: (path / "checkpoint.pt").stat().st_mtime)
     else:
-        run = find_run(args.run, METHODS[names[0]])
+        run = find_run(args.run, METHODS[args.method or "mae"])
     state = read_checkpoint(run)
-    probe.probe_run(run, state, args, method_of(state["settings"]))
+    method = method_of(state["settings"])
+    if args.method:
+        require_method(run, state["settings"], METHODS[args.method], f"{BASELINES} --probe")
+    probe.probe_run(run, state, args, method)
 
 
 def train_and_probe(args: argparse.Namespace) -> None:
@@ -85,11 +90,14 @@ def train_and_probe(args: argparse.Namespace) -> None:
     if args.method is None:
         fail(f"--method is needed: one of {', '.join(METHODS)}; or --table, or --probe")
     method = METHODS[args.method]
-    result = train.start(args, method)
+    result = train.start(argparse.Namespace(**{**vars(args), "json": False}), method)
     if not args.dry_run and world_from_environment().size == 1:
         flags = ["--run", result["run"], "--device", args.device, "--amp", args.amp]
         run, state = Path(result["run"]), read_checkpoint(Path(result["run"]))
-        probe.probe_run(run, state, probe.build_parser().parse_args(flags), method)
+        found = probe.probe_run(run, state, probe.build_parser().parse_args(flags), method)
+        result["probe"] = found
+    if args.json:
+        print(json.dumps(result))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -99,6 +107,9 @@ def main(argv: list[str] | None = None) -> None:
         probe_again(probe_parser().parse_args(argv))
         return
     args = build_parser().parse_args(argv)
+    for flag in ("methods", "seeds", "out"):
+        if getattr(args, flag) and not args.table:
+            fail(f"--{flag} belongs to --table")
     if args.table:
         make_table(args, parse_names(args.methods))
     else:

@@ -37,6 +37,7 @@ from files import written_whole
 from model import DiER
 from runs import (
     Parser,
+    fail,
     model_config,
     parameter_counts,
     pick_amp,
@@ -106,7 +107,7 @@ def print_report(r: dict[str, Any]) -> None:
 
 # ---------------------------------------------------------------------------- growth
 
-GROWTH = {  # what grows: (flags of train.py for each point, where it starts, what that means)
+GROWTH = {  # what grows: for each point its value and the flags of train.py that set it
     "batch": [(n, ["--batch-size", str(n)]) for n in (8, 16, 32, 64, 128)],
     "resolution": [(n, ["--size", str(n)]) for n in (32, 64, 128, 256)],
     "depth": [(n, ["--model", f"depth={n}"]) for n in (2, 4, 8, 16)],
@@ -121,8 +122,8 @@ MEANING = {
     "depth": "time grows in a line with the DiT's depth above the encoder's constant share",
     "width": "parameters grow with the square of the width; time does so only once products are "
     "large enough to fill the processor",
-    "threads": "the small preset gains less from a second thread than the step costs: two runs of "
-    "one thread each do more work than one run of two",
+    "threads": "a small preset gains less than twice from a second thread: two runs of one thread "
+    "each do more work than one run of two",
 }
 
 
@@ -150,7 +151,7 @@ def growth(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def growth_chart(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time of a step against each thing that grows, both relative to the first point."""
+    """Time for one image against each thing that grows, both relative to the first point."""
     canvas, series = Canvas(1000, 520), []
     for k, what in enumerate(GROWTH):
         mine = [r for r in rows if r["what"] == what]
@@ -241,7 +242,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """One of the four reports."""
     args = build_parser().parse_args(argv)
-    path = args.json
+    path, step_flags = args.json, ("batch_size", "compile", "checkpoint_activations")
+    if (args.estimate or args.probe) and (args.accum > 1 or any(vars(args)[f] for f in step_flags)):
+        fail("--batch-size, --accum, --compile and --checkpoint-activations belong to a step: "
+             "leave them out")  # fmt: skip
     if args.estimate:
         result: Any = estimate()
         path = path or Path("results/estimate.json")

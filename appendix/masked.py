@@ -10,8 +10,9 @@
 The encoder sees visible tokens only; its feature is the average of the tokens of a whole image.
 What differs from the published models: no class token; norms without affine parameters; LMIM has
 three scales, not four; DMJD here has no convolutional stem and hides single tokens, not blocks
-of 2 x 2. HOG's cells are p/2, p and 2p pixels for patch p, of at least 2 pixels: 2, 4, 8 at 16
-pixels (patch 4) and at Table 4's 32 (patch 2); the published LMIM has p/4 as well.
+of 2 x 2. HOG's cells are p/2, p and 2p pixels for patch p, and p, 2p and 4p for patch 2, whose half
+is too small for a direction: 2, 4, 8 at 16 pixels (patch 4) and at Table 4's 32 (patch 2). The
+published LMIM has p/4 as well. LMIM takes all three, DMJD the smallest.
 
 Shapes: B batch, C channels, H W pixels, N tokens in row-major order, M of them visible, D width,
 G cells a side.

@@ -12,13 +12,15 @@ Each is a module as runs.py:Method describes it: encoder(x0, t) -> v, and a forw
 noise or is its own loss. train.py's loop trains them, probe.py's functions probe them.
 
 Presets: "paper" has Table 5 for U-Nets and Table 4's patch, width, depth and heads for ViTs; "cpu"
-has DiER's cpu input sizes and about its compute. Of the cpu ViTs, width 128 and depth 4 are those
-of DiER's DiT, but patches are smaller, since a quarter of four tokens is one: patch 4 makes 16
-tokens of 16 pixels a side, and 64 of 32; patch 8 makes 64 of 64.
+has DiER's cpu input sizes. On MNIST the cpu U-Nets cost 0.7 (diffae) to 1.5 times what DiER does,
+MAE and LMIM a quarter of it, since three quarters of their tokens are hidden. The cpu ViTs have
+width 128 and depth 4; 16 tokens (of 4 x 4 pixels) are an image of 16 pixels a side, 64 tokens one
+of 32 or 64.
 
 Shapes: B batch, C channels, H W pixels, V = 1024 length of v, K classes.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,7 +36,7 @@ from model import PRESETS, DiER, Encoder, ModelConfig, Preset, V
 from runs import BASELINES, DIER, Method, fail, model_config
 
 ROWS = (32, 64, 256)  # of Table 4
-CPU_LR = 1e-3  # of every method here but DiER's own, whose preset has its own
+CPU_LR = 1e-3  # of every method but dier, dier-notime and supervised, which take DiER's
 
 
 # ---------------------------------------------------------------------------- modules
@@ -81,17 +83,24 @@ def give_labels(model: Supervised, split: Split) -> None:
 # ---------------------------------------------------------------------------- sizes
 
 
-def presets(paper: list, cpu: list) -> dict[str, dict[int | str, Preset]]:
-    """A table like model.py:PRESETS out of the models of its rows 32, 64 and 256; batches, epochs
-    and minutes are DiER's, and so is the learning rate of the paper's rows."""
-    table: dict[str, dict[int | str, Preset]] = {"paper": {}, "cpu": {}}
-    for name, models in (("paper", paper), ("cpu", cpu)):
-        small = dict.fromkeys(("glyphs", "mnist"), models[0])
-        of_row: dict[int | str, Any] = dict(zip(ROWS, models)) | small
-        for row, dier in PRESETS[name].items():
+def presets(model: Callable[[str, int | str], Any]) -> dict[str, dict[int | str, Preset]]:
+    """A table like model.py:PRESETS with model(name, row) in each place; batches, epochs and
+    minutes are DiER's, and so is the learning rate of the paper's rows."""
+    table: dict[str, dict[int | str, Preset]] = {}
+    for name, rows in PRESETS.items():
+        table[name] = {}
+        for row, dier in rows.items():
             lr = dier.lr if name == "paper" else CPU_LR
-            table[name][row] = Preset(of_row[row], dier.batch_size, lr, dier.epochs, dier.minutes)
+            own = model(name, row)
+            table[name][row] = Preset(own, dier.batch_size, lr, dier.epochs, dier.minutes)
     return table
+
+
+def by_row(paper: list, cpu: list) -> Callable[[str, int | str], Any]:
+    """(name, row) -> the model of that preset and row, out of those of rows 32, 64 and 256; glyphs
+    and mnist have 32's."""
+    models = {"paper": dict(zip(ROWS, paper)), "cpu": dict(zip(ROWS, cpu))}
+    return lambda name, row: models[name].get(row, models[name][ROWS[0]])
 
 
 def diffae(size: int, mult: tuple, enc_mult: tuple, attention: tuple) -> UNetConfig:
@@ -105,7 +114,7 @@ def diffae_cpu(size: int, base: int, mult: tuple) -> UNetConfig:
     return UNetConfig(size, 3, base, 1, enc_mult, (4,), base, 1, mult, (4,), dropout=0.0)
 
 
-DIFFAE = presets(
+DIFFAE = presets(by_row(
     [
         diffae(32, (1, 1, 2, 3, 4), (1, 1, 2, 3, 4, 4), (16, 8)),
         diffae(64, (1, 1, 2, 3, 4), (1, 1, 2, 3, 4, 4), (16, 8)),
@@ -113,31 +122,26 @@ DIFFAE = presets(
     ],
     [diffae_cpu(16, 16, (1, 1, 2, 4)), diffae_cpu(32, 16, (1, 1, 2, 4)),
      diffae_cpu(64, 8, (1, 1, 2, 4, 8))],
-)  # fmt: skip
+))  # fmt: skip
 
 
-def with_dier_encoder(name: str) -> list[UNetConfig]:
-    """The U-Nets of DIFFAE, each with the encoder of the same row of Table 4."""
-    configs = []
-    for row in ROWS:
-        m, u = PRESETS[name][row].model, DIFFAE[name][row].model
-        configs.append(
-            UNetConfig(
-                m.size, 3, m.base, m.blocks, m.mult, m.attention,
-                u.unet_base, u.unet_blocks, u.unet_mult, u.unet_attention, m.enc_heads, m.dropout,
-            )
-        )  # fmt: skip
-    return configs
+def with_dier_encoder(name: str, row: int | str) -> UNetConfig:
+    """The U-Net of DIFFAE with DiER's encoder of the same preset and row."""
+    m, u = PRESETS[name][row].model, DIFFAE[name][row].model
+    return UNetConfig(
+        m.size, 3, m.base, m.blocks, m.mult, m.attention,
+        u.unet_base, u.unet_blocks, u.unet_mult, u.unet_attention, m.enc_heads, m.dropout,
+    )  # fmt: skip
 
 
-# The decoders are light: half the width, a third of the depth, as in MAE for its largest model.
-VIT = presets(
+# The decoders are light: half the width, and a third of the depth (half for the cpu sizes).
+VIT = presets(by_row(
     [ViTConfig(32, 3, 2, 192, 12, 3, 96, 4), ViTConfig(64, 3, 4, 384, 12, 6, 192, 4),
      ViTConfig(256, 3, 8, 768, 16, 12, 384, 5)],
     [ViTConfig(16, 3, 4, 128, 4, 4, 64, 2), ViTConfig(32, 3, 4, 128, 4, 4, 64, 2),
      ViTConfig(64, 3, 8, 128, 4, 4, 64, 2)],
-)  # fmt: skip
-DIER_UNET = presets(with_dier_encoder("paper"), with_dier_encoder("cpu"))
+))  # fmt: skip
+DIER_UNET = presets(with_dier_encoder)
 
 
 # ---------------------------------------------------------------------------- all of them
@@ -154,7 +158,8 @@ METHODS = {
     method.name: method
     for method in (
         DIER,
-        baseline("dier-notime", partial(DiER, encoder=TimelessEncoder), PRESETS, timed=False),
+        baseline("dier-notime", partial(DiER, encoder=TimelessEncoder), PRESETS, timed=False,
+                 recomputes=True),
         baseline("dier-unet", partial(UNetMethod, encoder=Encoder), DIER_UNET, UNetConfig),
         baseline("dier-unet-notime", partial(UNetMethod, encoder=TimelessEncoder), DIER_UNET,
                  UNetConfig, timed=False),

@@ -281,7 +281,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--run", help="name or path of a run (the newest)")
     p.add_argument("--mode", choices=["recover", "interpolate", "swap", "timesteps"],
                    default="recover", help="what to draw (recover)")  # fmt: skip
-    p.add_argument("--steps", type=whole, default=50, help=f"of the chain, 1 to {T} (50)")
+    p.add_argument("--steps", type=whole, help=f"of the chain, 1 to {T} (50)")
     p.add_argument("--eta", type=not_negative, default=0.0,
                    help="noise added on the way: 0 DDIM, 1 DDPM (0)")  # fmt: skip
     p.add_argument("--n", type=whole, default=16, help="test images (16)")
@@ -298,6 +298,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Load the run and its test images, draw what the mode asks for."""
     args = build_parser().parse_args(argv)
+    if (args.eta or args.curve) and args.mode != "recover":
+        fail(f"--eta and --curve belong to --mode recover, not {args.mode}: leave them out")
+    if args.steps and args.mode == "timesteps":
+        fail("--mode timesteps walks no chain: leave --steps out")
+    args.steps = args.steps or 50
     if not 1 <= args.steps <= T:
         fail(f"--steps {args.steps}: choose from 1 to {T}")
     if args.mode in ("interpolate", "swap") and args.n < 2:

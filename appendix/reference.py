@@ -1,9 +1,10 @@
 """The networks of DiER and one training step, written plainly: what tests and bench compare with.
 
-Nothing here is fast, and nothing is shared with model.py, diffusion.py or train.py: attention is
-einsum and softmax, means and variances are spelled out, the weight average is a loop, Adam is
-PyTorch's unfused one, all is fp32 and eager. Parameters have model.py's names, so that
-`load_state_dict` carries weights across; everything else is written from the paper and the design.
+Nothing here is fast, and nothing but the table of sizes is shared with model.py, diffusion.py or
+train.py: attention is einsum and softmax, means and variances are spelled out, the weight average
+is a loop, Adam is PyTorch's unfused one, all is fp32 and eager. Parameters have model.py's names,
+so that `load_state_dict` carries weights across; everything else is written from the paper and the
+design.
 
 Shapes: B batch, C channels, H W pixels, N tokens, D width.
 """

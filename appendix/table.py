@@ -1,15 +1,16 @@
 """Table 1 for one machine: every method at the same budget, probed in the same way.
 
-A cell is one method and one seed. The file that baselines.py --table writes has, in "rows", for
-each method {method, parameters, flops_per_image, images_per_s, images_seen, top1, top1_std, oracle,
-knn, paper, reported}: means over the seeds, top1 the test accuracy at the t that held-out training
+A cell is one method and one seed. The file that baselines.py --table writes, by default
+runs/table1-DATA.json (results/ has those that README.md shows), has in "rows" for each method
+{method, parameters, flops_per_image, images_per_s, images_seen, top1, top1_std, oracle, knn, paper,
+reported}: means over the seeds, top1 the test accuracy at the t that held-out training
 images choose, oracle the best t on the test set, knn at the chosen t, paper the paper's number;
-std and what a method does not have are null. Accuracies in percent; flops_per_image is forward and
-backward of training. "cells" holds what the rows are made of. `reported` rows are the paper's
-numbers alone: CAE and MAGE need a tokenizer and LMIM-Swin a Swin, which are not here.
+null is the std of one seed and what a method does not have. Accuracies in percent; flops_per_image
+is forward and backward of training. "cells" holds what the rows are made of. `reported` rows are
+the paper's numbers alone: CAE and MAGE need a tokenizer and LMIM-Swin a Swin, which are not here.
 
 Floors are rows too: `untrained` and `random` (probe.py) are DiER's encoder, `pca` is raw pixels on
-at most 1,024 principal components of the training images, `pixels` raw pixels.
+at most 1,024 principal components of the probe's training images, `pixels` raw pixels.
 """
 
 import argparse
@@ -37,6 +38,8 @@ from runs import RUNS, fail, parameter_counts, read_checkpoint, resolve, restore
 
 LABELS = 10_000  # training images that the probe sees, and test images
 TIMES = "0,100,400,999"
+# Flags that change what a cell is, beside those that are resolved; all cells of a file share them.
+GIVEN = ("lr", "batch_size", "ema", "clip", "dropout", "flip", "limit", "accum", "compile")
 FLOORS = ("untrained", "random", "pca", "pixels")
 SEEDLESS = ("pca", "pixels")  # the same for every seed
 PAPER = Path(__file__).resolve().parent.parent / "results" / "paper.json"
@@ -203,7 +206,7 @@ def head(args: argparse.Namespace) -> dict[str, Any]:
     settings = resolve(argparse.Namespace(**vars(args)))
     keys = ("data", "preset", "size", "minutes", "epochs", "device", "amp")
     common = {key: settings[key] for key in keys}
-    common |= {"given": {key: getattr(args, key) for key in ("lr", "batch_size", "ema", "clip")}}
+    common |= {"given": {key: getattr(args, key) for key in GIVEN}}
     return {
         "what": "Table 1 on one machine: equal time or epochs for each method, linear probe",
         **common,
@@ -229,16 +232,16 @@ def read_cells(path: Path, common: dict[str, Any]) -> list[dict[str, Any]]:
 
 def make_table(args: argparse.Namespace, names: list[str]) -> None:
     """Run the cells that the file does not have yet, one by one; write and print the table."""
-    for flag in ("run", "resume", "method", "model", "dry_run"):
+    for flag in ("run", "resume", "method", "model", "dry_run", "json"):
         if getattr(args, flag):
             fail(f"--table chooses --{flag.replace('_', '-')} itself: leave it out")
     if args.seed is not None or world_from_environment().size > 1:
         fail("--table runs seeds 0 .. N - 1 of --seeds N, in one process")
     args.data = args.data or "glyphs"
-    args.out = args.out or Path("results") / f"table1-{Path(args.data).name}.json"
+    args.out = args.out or RUNS / f"table1-{Path(args.data).name}.json"
     common, command = head(args), "python -m appendix.baselines " + " ".join(sys.argv[1:])
     cells = read_cells(args.out, common)
-    order = [(seed, name) for seed in range(args.seeds) for name in names]
+    order = [(seed, name) for seed in range(args.seeds or 1) for name in names]
     for seed, name in order:
         done = any((cell["seed"], cell["method"]) == (seed, name) for cell in cells)
         if done or (seed and name in SEEDLESS):

@@ -7,9 +7,9 @@ encoder that makes v without seeing the time. Also the U-Net with DiER's encoder
     python -m appendix.baselines --method diffae
     python -m appendix.baselines --method dier-unet          DiER's Encoder(x_0, t), v of 1024
 
-Dropout 0.1 and zero-initialised last convolutions as in model.py, so that eps = 0 and the first
-loss is E[eps^2] = 1 here too. Resolution changes inside ResBlocks: 2 x 2 average pool on the way
-down, nearest neighbour on the way up.
+Dropout 0.1 (cpu 0) and zero-initialised last convolutions in the U-Net as in model.py, so that
+eps = 0 and the first loss is E[eps^2] = 1 here too; VectorEncoder has no dropout. Resolution
+changes inside ResBlocks: 2 x 2 average pool on the way down, nearest neighbour on the way up.
 
 Shapes: B batch, C channels, H W pixels, E width of the time embedding, Z length of v.
 """
@@ -59,7 +59,8 @@ class UNetConfig:
 
 
 class UNetBlock(nn.Module):
-    """ResBlock with two conditions: the second norm is scaled and shifted by time, then by v.
+    """ResBlock with two conditions: the second norm is scaled and shifted by time, then
+    scaled by v.
 
     (B, C_in, H, W), SiLU of time (B, E), SiLU of v (B, Z) -> (B, C_out, H, W), H and W halved or
     doubled by `resize` "down" or "up".
@@ -172,7 +173,8 @@ class UNet(nn.Module):
                 self.down.append(nn.ModuleList([UNetBlock(width, width, *self.sizes, "down")]))
                 skips.append(width)
                 side //= 2
-        self.middle = self.stage(width, width, cfg.unet_attention[0])  # attention at any resolution
+        # The middle has attention at any resolution: `stage` is told one that has it.
+        self.middle = self.stage(width, width, cfg.unet_attention[0])
         self.middle.append(UNetBlock(width, width, *self.sizes))
         for level, m in reversed(levels):
             for k in range(cfg.unet_blocks + 1):

@@ -139,6 +139,15 @@ def test_notime_differs_from_dier_in_the_encoders_time_alone(folder):
         assert all(torch.equal(value, models[1][key]) for key, value in models[0].items())
 
 
+def test_the_unets_have_diers_encoder_in_every_row_of_every_preset():
+    fields = ("size", "base", "blocks", "mult", "attention", "enc_heads", "dropout")
+    for name, rows in M.PRESETS.items():
+        for row, dier in rows.items():
+            unet_row = methods.METHODS["dier-unet"].presets[name][row]
+            assert all(getattr(unet_row.model, f) == getattr(dier.model, f) for f in fields)
+            assert (unet_row.batch_size, unet_row.minutes) == (dier.batch_size, dier.minutes)
+
+
 @pytest.mark.parametrize("data_name, millions", [
     ("mnist", 126.71), ("cifar10", 126.71), ("tiny-imagenet", 130.39), ("bccd", 220.02)
 ])  # fmt: skip
@@ -337,7 +346,10 @@ def test_a_baseline_trains_probes_and_is_refused_by_the_commands_of_dier(folder,
     assert json.loads((run / "config.json").read_text())["method"] == "mae"
     assert not (run / "preview.png").exists()
     (run / "probe.json").unlink()
-    baselines.main(["--probe", "--run", "set", "--device", "cpu"])
+    assert "is a run of mae" in fails(
+        capsys, baselines.main, ["--probe", "--method", "lmim", "--run", "set"]
+    )
+    baselines.main(["--probe", "--method", "mae", "--run", "set", "--device", "cpu"])
     assert json.loads((run / "probe.json").read_text()) == result
     baselines.main(["--probe", "--device", "cpu", "--epochs", "1"])  # the newest, by itself
     assert (run / "probe-epochs1.json").exists()
@@ -371,6 +383,10 @@ def test_bad_input_of_baselines_is_one_line(folder, capsys):
         (["--method", "diffae", "--size", "10"], "image size 10 cannot be halved"),
         (["--table", "--run", "x"], "--table chooses --run itself"),
         (["--table", "--seed", "1"], "--seeds N"),
+        (["--table", "--json"], "--table chooses --json itself"),
+        (["--method", "mae", "--seeds", "2"], "--seeds belongs to --table"),
+        (["--method", "mae", "--checkpoint-activations"], "mae has none to compute again"),
+        (["--method", "dier-unet", "--checkpoint-activations"], "dier-unet has none"),
         (["--table", "--methods", "dier,cae"], "'cae' is not one of dier"),
         (["--table", "--out", "table.json"], "is not a table of this command"),
         (["--resume", "--run", "none"], "no checkpoint in runs/none"),
@@ -438,11 +454,19 @@ def test_diffae_reconstructs(folder, capsys):
     args = flags("diffae", folder, "--epochs", "2")
     train.start(baselines.build_parser().parse_args(args), methods.METHODS["diffae"])
     for mode in ("recover", "timesteps"):
-        more = ["--mode", mode, "--n", "4", "--steps", "2", "--device", "cpu"]
-        recover.main(["--run", "set", *more])
+        steps = ["--steps", "2"] * (mode == "recover")
+        recover.main(["--run", "set", "--mode", mode, "--n", "4", "--device", "cpu", *steps])
     assert "from code" in capsys.readouterr().out
     assert (runs.RUNS / "set/recover.png").exists()
     assert (runs.RUNS / "set/recover-timesteps.png").exists()
+
+
+def test_training_ends_with_one_json_that_has_the_probe_in_it(folder, capsys):
+    baselines.main(["--method", "dier-notime", *flags("dier-notime", folder, "--epochs", "1"),
+                    "--checkpoint-activations", "--json"])  # fmt: skip
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["steps"] == 1 and result["method"] == "dier-notime"
+    assert result["probe"] == json.loads((runs.RUNS / "set/probe.json").read_text())
 
 
 # ---------------------------------------------------------------------------- Table 1
@@ -535,6 +559,8 @@ def test_a_table_that_was_interrupted_ends_equal_to_one_that_was_not(
     assert rows["CAE"]["reported"] and rows["CAE"]["top1"] is None
     other = [*small_table, "--epochs", "3", "--out", str(cut)]
     assert "was begun with epochs 1.0, not 3.0" in fails(capsys, baselines.main, other)
+    other = [*small_table, "--limit", "12", "--out", str(cut)]
+    assert "was begun with given" in fails(capsys, baselines.main, other)
 
 
 def test_rows_carry_the_papers_numbers():
@@ -552,6 +578,6 @@ def test_the_whole_command_with_every_method(folder, tmp_path):
     write_folder(tmp_path / "many", per_class=30, classes=4)
     args = ["--table", "--data", "many", "--device", "cpu", "--epochs", "1"]
     baselines.main(args)
-    rows = json.loads((tmp_path / "results/table1-many.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "runs/table1-many.json").read_text())["rows"]
     assert [r["method"] for r in rows if not r["reported"]] == [*methods.METHODS, *table.FLOORS]
     assert all(0 <= r["top1"] <= 100 for r in rows if not r["reported"])

@@ -86,6 +86,14 @@ def test_the_estimate_is_arithmetic_on_what_it_states(tmp_path, monkeypatch, cap
     assert "not a measurement" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flag", [["--accum", "2"], ["--compile"], ["--batch-size", "8"]])
+def test_flags_of_a_step_are_refused_where_no_step_is_timed(flag, capsys):
+    for report in ("--estimate", "--probe"):
+        with pytest.raises(SystemExit) as stop:
+            bench.main([report, *flag])
+        assert stop.value.code == 2 and "belong to a step" in capsys.readouterr().err
+
+
 def test_growth_draws_what_it_measured(tmp_path):
     rows = [
         {"what": what, "value": value, "images_per_s": 100 / k}

@@ -178,12 +178,21 @@ def test_the_command_leaves_its_pictures_and_prints_errors(trained, capsys):
 
 @pytest.mark.parametrize("mode", ["interpolate", "swap", "timesteps"])
 def test_modes_draw_and_say_where(trained, mode, capsys):
-    recover.main(["--mode", mode, "--steps", "5", "--n", "4"])
+    recover.main(["--mode", mode, "--n", "4"] + ["--steps", "5"] * (mode != "timesteps"))
     assert (trained / f"recover-{mode}.png").exists()
     assert f"recover-{mode}.png" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [["--steps", "1001"], ["--n", "1", "--mode", "swap"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--steps", "1001"],
+        ["--n", "1", "--mode", "swap"],
+        ["--mode", "timesteps", "--steps", "5"],
+        ["--mode", "swap", "--eta", "1"],
+        ["--mode", "interpolate", "--curve"],
+    ],
+)
 def test_bad_input_is_one_line(flags, trained, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
