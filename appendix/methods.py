@@ -108,10 +108,10 @@ def diffae(size: int, mult: tuple, enc_mult: tuple, attention: tuple) -> UNetCon
     return UNetConfig(size, 3, 128, 2, enc_mult, attention, 128, 2, mult, attention)
 
 
-def diffae_cpu(size: int, base: int, mult: tuple) -> UNetConfig:
+def diffae_cpu(size: int, mult: tuple) -> UNetConfig:
     """Table 5 in small: the encoder has one level more, as there at 32 and 64 pixels."""
     enc_mult = (*mult, mult[-1])
-    return UNetConfig(size, 3, base, 1, enc_mult, (4,), base, 1, mult, (4,), dropout=0.0)
+    return UNetConfig(size, 3, 16, 1, enc_mult, (4,), 16, 1, mult, (4,), dropout=0.0)
 
 
 DIFFAE = presets(by_row(
@@ -120,8 +120,7 @@ DIFFAE = presets(by_row(
         diffae(64, (1, 1, 2, 3, 4), (1, 1, 2, 3, 4, 4), (16, 8)),
         diffae(256, (1, 1, 2, 2, 3, 3, 4, 4), (1, 1, 2, 2, 3, 3, 4, 4), (32,)),
     ],
-    [diffae_cpu(16, 16, (1, 1, 2, 4)), diffae_cpu(32, 16, (1, 1, 2, 4)),
-     diffae_cpu(64, 8, (1, 1, 2, 4, 8))],
+    [diffae_cpu(16, (1, 1, 2, 4)), diffae_cpu(32, (1, 1, 2, 4)), diffae_cpu(64, (1, 1, 2, 4, 8))],
 ))  # fmt: skip
 
 

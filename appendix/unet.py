@@ -49,12 +49,12 @@ class UNetConfig:
             ModelConfig(  # Table 4's checks of an encoder hold for every half U-Net
                 self.size, self.channels, 1, 4, 1, 1, base, 1, mult, enc_heads=self.enc_heads
             )
-        widths = {self.unet_base * m for m in self.unet_mult}
-        for width in (a + b for a in widths for b in widths):
+        pairs = zip(self.unet_mult, (*self.unet_mult[1:], self.unet_mult[-1]))
+        for width in (self.unet_base * n for a, b in pairs for n in (2 * a, a + b)):
             if width % min(32, width // 4):
                 raise ValueError(
-                    f"concatenated U-Net widths of {width} do not divide into groups; use --model "
-                    f"unet_base={max(1, self.unet_base // 32) * 32}"
+                    f"two levels of the U-Net make {width} channels, which do not divide into "
+                    f"groups; use --model unet_base={max(1, self.unet_base // 32) * 32}"
                 )
 
 
