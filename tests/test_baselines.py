@@ -148,6 +148,25 @@ def test_the_unets_have_diers_encoder_in_every_row_of_every_preset():
             assert (unet_row.batch_size, unet_row.minutes) == (dier.batch_size, dier.minutes)
 
 
+@pytest.mark.parametrize("base, mult, fits", [
+    (16, (1, 1, 2, 4, 8), True), (16, (1, 8), False), (24, (1, 2, 4), False), (16, (2, 1, 4), True)
+])  # fmt: skip
+def test_widths_of_a_unet_are_refused_where_it_does_not_build_and_only_there(
+    base, mult, fits, monkeypatch
+):
+    def builds():
+        try:
+            with torch.device("meta"):
+                unet.UNet(unet.UNetConfig(64, 1, 16, 1, (1, 2), (4,), base, 1, mult, (4,)), 8)
+        except ValueError:
+            return False
+        return True
+
+    assert builds() == fits
+    monkeypatch.setattr(unet.UNetConfig, "__post_init__", lambda self: None)
+    assert builds() == fits  # by the group norms' own check
+
+
 @pytest.mark.parametrize("data_name, millions", [
     ("mnist", 126.71), ("cifar10", 126.71), ("tiny-imagenet", 130.39), ("bccd", 220.02)
 ])  # fmt: skip
