@@ -1,4 +1,5 @@
-"""What a run writes down while it trains: sums between two log steps, log.jsonl, the progress line.
+"""What a run writes down while it trains: sums between two log steps, log.jsonl, the progress line;
+and the one line with which it ends where a loss was not finite.
 
 Shapes: B images of a step.
 """

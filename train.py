@@ -318,7 +318,7 @@ def start(args: argparse.Namespace, method: Method = DIER) -> dict[str, Any]:
         if (run / "checkpoint.pt").exists():
             fail(f"{run} holds a trained run: add --resume to go on, or choose another --run")
     if settings["checkpoint_activations"] and not method.recomputes:
-        fail(f"--checkpoint-activations: {method.name} has none to compute again; leave it out")
+        fail(f"--checkpoint-activations: {method.name} cannot compute them again; leave it out")
     pieces = world.size * settings["accum"]
     if settings["batch_size"] % pieces:
         fail(

@@ -38,8 +38,10 @@ from runs import RUNS, fail, parameter_counts, read_checkpoint, resolve, restore
 
 LABELS = 10_000  # training images that the probe sees, and test images
 TIMES = "0,100,400,999"
+# Flags that --table does not take: it sets them for each cell, or not all methods know them.
+FIXED = ("run", "resume", "method", "model", "dry_run", "json", "dropout", "checkpoint_activations")
 # Flags that change what a cell is, beside those that are resolved; all cells of a file share them.
-GIVEN = ("lr", "batch_size", "ema", "clip", "dropout", "flip", "limit", "accum", "compile")
+GIVEN = ("lr", "batch_size", "ema", "clip", "flip", "limit", "accum", "compile")
 FLOORS = ("untrained", "random", "pca", "pixels")
 SEEDLESS = ("pca", "pixels")  # the same for every seed
 PAPER = Path(__file__).resolve().parent.parent / "results" / "paper.json"
@@ -232,8 +234,8 @@ def read_cells(path: Path, common: dict[str, Any]) -> list[dict[str, Any]]:
 
 def make_table(args: argparse.Namespace, names: list[str]) -> None:
     """Run the cells that the file does not have yet, one by one; write and print the table."""
-    for flag in ("run", "resume", "method", "model", "dry_run", "json"):
-        if getattr(args, flag):
+    for flag in FIXED:
+        if getattr(args, flag) not in (None, "") and getattr(args, flag) is not False:
             fail(f"--table chooses --{flag.replace('_', '-')} itself: leave it out")
     if args.seed is not None or world_from_environment().size > 1:
         fail("--table runs seeds 0 .. N - 1 of --seeds N, in one process")

@@ -86,7 +86,9 @@ def test_the_estimate_is_arithmetic_on_what_it_states(tmp_path, monkeypatch, cap
     assert "not a measurement" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag", [["--accum", "2"], ["--compile"], ["--batch-size", "8"]])
+@pytest.mark.parametrize(
+    "flag", [["--accum", "2"], ["--compile"], ["--batch-size", "8"], ["--checkpoint-activations"]]
+)
 def test_flags_of_a_step_are_refused_where_no_step_is_timed(flag, capsys):
     for report in ("--estimate", "--probe"):
         with pytest.raises(SystemExit) as stop:
