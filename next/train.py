@@ -1,0 +1,713 @@
+"""Train DiER: predict the noise in x_t, helped by a vector of the clean image. No labels.
+
+    python train.py                           the embedded digits
+    python train.py --data mnist              half an hour on a CPU, the paper's recipe on a GPU
+    python train.py --data cifar10 --preset paper
+    python train.py --name mnist --resume     go on after Ctrl-C or a crash, bit for bit
+    python train.py --data mnist --dry-run    show every resolved value, train nothing
+    torchrun --nproc_per_node=8 train.py --data oct2017 --preset paper          eight GPUs
+
+One step (Eq. 4.6): draw t and eps, make x_t, predict eps from x_t, t and v_t = Encoder(x_0, t),
+take the squared error, clip, Adam, average. All of it stands in the loop of `train`.
+
+What a run leaves in runs/NAME/:
+- config.json: every setting;
+- checkpoint.pt: weights, average, optimizer, counters; tensors and plain values only;
+- log.jsonl: step, epoch, images, seconds, loss, loss_by_t (10 numbers, the mean loss for each tenth
+  of t, null where none was drawn), grad_norm, skipped (steps that fp16 skipped), images_per_s;
+- preview.png: what the average weights make of four images.
+
+Shapes: B batch, C channels, H W pixels.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+from data import batch_index, clock, fail, get_batch, mix_seed, on_device, replace_file, status
+from diffusion import T, alphas_cumprod, eps_loss, predict_x0, q_sample
+from model import PRESETS, DiER, ModelConfig, table_row
+
+RUNS = Path("runs")
+SAVE_SECONDS = 60.0  # a crash costs at most this much training
+PREVIEW_SECONDS, PREVIEW_TIMES = 150.0, (100, 300, 500, 700, 900)
+ROW_STEPS = 20  # a row of the log for each of the first 20 steps, then for every 20th
+
+# ---------------------------------------------------------------------------- settings
+
+DEFAULTS = {
+    "method": "dier", "data": "glyphs", "data_dir": "data", "preset": "auto", "seed": 0,
+    "minutes": 0, "ema": 0.9999, "clip": 1.0, "limit": 0,
+    "device": "auto", "amp": "auto", "accum": 1, "compile": False,
+}  # fmt: skip
+# What a resumed run may change; all else is as in its checkpoint.
+MAY_CHANGE = ("epochs", "minutes", "device", "amp", "compile", "accum", "data_dir")
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def number(kind: type, fits: Callable[[float], bool], what: str) -> Callable[[str], Any]:
+    """An argparse type: a number of that kind for which fits(number) holds."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and fits(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return value
+
+    return parse
+
+
+whole = number(int, lambda n: n > 0, "a whole number above 0")
+count = number(int, lambda n: n >= 0, "a whole number, 0 or more")
+positive = number(float, lambda x: x > 0, "a number above 0")
+not_negative = number(float, lambda x: x >= 0, "a number, 0 or more")
+share = number(float, lambda x: 0 <= x < 1, "in [0, 1)")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line; a flag that was not typed is not in the result."""
+
+    def __init__(self, doc: str, **more: Any):
+        first, *rest = doc.split("\n\n")
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            description=first, epilog=rest[0], formatter_class=raw,
+            argument_default=argparse.SUPPRESS, allow_abbrev=False, **more,
+        )  # fmt: skip
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; --help lists the flags")
+
+
+def build_parser() -> Parser:
+    """Every flag, with its unit and default; the columns of Table 4 are flags too."""
+    p = Parser(__doc__)
+    add, switch = p.add_argument, argparse.BooleanOptionalAction
+    add("--data", help=f"{', '.join(data.SETS)}, or a folder of images (glyphs)")
+    add("--data-dir", help="sets live here (data)")
+    add("--name", help="the run's folder is runs/NAME (the set's name)")
+    add("--resume", action="store_true", help="go on from the checkpoint of --name, or the newest")
+    add("--dry-run", action="store_true", help="print the settings, train nothing")
+    add("--preset", choices=["auto", *PRESETS], help="paper: Table 4; cpu: minutes on two cores (auto: paper "
+        "with CUDA, else cpu)")  # fmt: skip
+    add("--minutes", type=not_negative, help="at most so long, from the first step of this call "
+        "(0 = no limit)")  # fmt: skip
+    add("--seed", type=count, help="of weights, batches, t, eps and dropout (0)")
+    add("--limit", type=count, help="a sample of N images, equal over the classes (0 = all)")
+    add("--flip", action=switch, help="random horizontal flips (on; off for digits)")
+    add("--ema", type=share, help="decay of the weight average (0.9999)")
+    add("--clip", type=not_negative, help="largest gradient norm, 0 = off (1.0)")
+    add("--device", help="auto, cpu, cuda, cuda:1 (auto: cuda if any)")
+    add("--amp", choices=["auto", *AMP], help="mixed precision (auto: where the hardware has it)")
+    add("--accum", type=whole, help="gradient accumulation: N passes an update, less memory (1)")
+    add("--compile", action=switch, help="torch.compile both networks (off)")
+    columns = {
+        "size": (whole, "pixels: images are resized to size x size"),
+        "patch": (whole, "pixels of a token's side"),
+        "hidden": (whole, "width of the DiT"),
+        "depth": (whole, "blocks of the DiT"),
+        "heads": (whole, "attention heads of the DiT"),
+        "base": (whole, "width of the encoder, times mult"),
+        "blocks": (whole, "ResBlocks a level of the encoder"),
+        "mult": (whole, "widths of the encoder's levels, in units of base"),
+        "attention": (whole, "resolutions with self-attention in the encoder"),
+        "enc_heads": (whole, "attention heads of the encoder"),
+        "dropout": (share, "in the encoder's ResBlocks"),
+        "batch_size": (whole, "images a step, of all processes together"),
+        "lr": (positive, "constant learning rate of Adam"),
+        "epochs": (positive, "passes over the training set"),
+    }
+    for column, (kind, what) in columns.items():
+        many = {"nargs": "+"} if column in ("mult", "attention") else {}
+        add(f"--{column.replace('_', '-')}", type=kind, help=f"{what} (the preset's)", **many)
+    return p
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name, "auto" being cuda if there is one; exits where it does not work."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} does not work here ({str(error).splitlines()[0]}); use --device cpu")
+
+
+def pick_amp(name: str, device: torch.device) -> str:
+    """The precision of autocast: off, bf16 or fp16.
+
+    "auto" is bf16 where the hardware multiplies it (emulated bf16 is up to a hundred times slower
+    than fp32 on a CPU), else fp16 on CUDA and off on a CPU.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "off"
+
+
+def model_config(settings: dict[str, Any]) -> ModelConfig:
+    """The sizes among the settings; exits where they do not fit each other."""
+    try:
+        return ModelConfig(**{field.name: settings[field.name] for field in fields(ModelConfig)})
+    except ValueError as error:
+        fail(str(error))
+
+
+def resolve(typed: dict[str, Any]) -> dict[str, Any]:
+    """Every setting of a new run as plain values: what was typed, else the preset's."""
+    settings = {**DEFAULTS, **typed}
+    device, preset = pick_device(settings["device"]), settings["preset"]
+    if preset == "auto":
+        preset = "paper" if device.type == "cuda" else "cpu"
+    facts = data.set_facts(settings["data"])._asdict()
+    row = table_row(preset, settings["data"], facts["row"])
+    settings = {**DEFAULTS, **facts, **row, **typed, "preset": preset, "device": device.type}
+    if typed.get("device", "auto") != "auto":
+        settings["device"] = typed["device"]
+    settings["amp"] = pick_amp(settings["amp"], device)
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}  # as JSON
+    model_config(settings)
+    return settings
+
+
+def resolve_resumed(typed: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a resumed run: the checkpoint's, with what may change as typed."""
+    typed = {key: value for key, value in typed.items() if value != "auto"}
+    for key, value in typed.items():
+        moved = key == "data" and not {value, saved[key]} & set(data.SETS)  # another folder
+        if value != saved[key] and key not in MAY_CHANGE and not moved:
+            fail(
+                f"--{key.replace('_', '-')} {value} differs from the checkpoint's {saved[key]}: "
+                f"leave it out to go on, or start a new run with another --name"
+            )
+    pick_device(typed.get("device", saved["device"]))
+    return {**saved, **typed}
+
+
+def describe(settings: dict[str, Any], counts: dict[str, int], folder: Path, auto: bool) -> None:
+    """Print what will be trained, every resolved value included."""
+    why = "no GPU: " if auto and settings["preset"] == "cpu" else ""
+    more = "; --preset paper for Table 4" if settings["preset"] == "cpu" else ""
+    total, encoder = sum(counts.values()) / 1e6, counts["encoder"] / 1e6
+    print(f"{why}preset {settings['preset']}, {total:.1f}M parameters, of which the encoder has "
+          f"{encoder:.2f}M{more}")  # fmt: skip
+    shown = {k: v for k, v in settings.items() if k not in ("class_names", "launch")}
+    pairs = (f"{key}={str(value).replace(' ', '')}" for key, value in shown.items())
+    print(textwrap.fill(f"{folder}: {' '.join(pairs)}", 100, subsequent_indent="  "))
+    values = settings["patch"] ** 2 * settings["channels"]  # of a patch's noise
+    lost = 1 - settings["hidden"] / values
+    if lost > 0:
+        print(f"a patch's {values} values do not fit a token of {settings['hidden']}: {lost:.0%} "
+              "of the noise stays in the loss; give a smaller --patch")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- runs on disk
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run; {} where there is none that can be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def find_run(name: str | None = None) -> Path:
+    """runs/NAME, else the DiER run whose checkpoint was written last; exits where there is none."""
+    if name is not None:
+        if not (RUNS / name / "checkpoint.pt").exists():
+            fail(f"no checkpoint in {RUNS / name}: start with python train.py --name {name}")
+        return RUNS / name
+    folders = [path.parent for path in RUNS.glob("*/checkpoint.pt")]
+    folders = [folder for folder in folders if read_config(folder).get("method") == "dier"]
+    if not folders:
+        fail(f"no run in {RUNS}/: start with python train.py")
+    return max(folders, key=lambda folder: (folder / "checkpoint.pt").stat().st_mtime)
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """The checkpoint of a run, on the CPU; exits with one line where it cannot be read."""
+    path = folder / "checkpoint.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types on a damaged or foreign file
+        reason = str(error).splitlines()[0][:100]
+        fail(f"{path} cannot be read ({reason}): delete {folder} and train again")
+    keys = {
+        "settings",
+        "step",
+        "row_step",
+        "log_size",
+        "seconds",
+        "sums",
+        "raw",
+        "ema",
+        "optimizer",
+    }
+    if not isinstance(saved, dict) or not keys <= saved.keys():
+        fail(
+            f"{path} is no checkpoint of this version of train.py: train anew under another --name"
+        )
+    return saved
+
+
+def load_model(
+    folder: Path, build: Callable[[dict], nn.Module] | None = None, weights: str = "ema"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The module of a run with its "ema" or "raw" weights, in eval mode, and its checkpoint."""
+    saved = read_checkpoint(folder)
+    model = (build or build_dier)(saved["settings"])
+    try:
+        model.load_state_dict(saved[weights])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:100]
+        fail(f"{folder}/checkpoint.pt holds weights of other sizes than its settings ({reason})")
+    return model.eval(), saved
+
+
+def build_dier(settings: dict[str, Any]) -> DiER:
+    """DiER in the sizes of the settings."""
+    return DiER(model_config(settings))
+
+
+# ---------------------------------------------------------------------------- pieces of the step
+
+
+def draw(
+    seed: int, step: int, shape: tuple[int, ...], device: torch.device, rank: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """t (B,), flips (B,) and eps `shape` of one step for the global batch, a pure function of
+    (seed, step). Dropout uses the default generators, reseeded here too, differently by rank."""
+    generator = torch.Generator(device).manual_seed(mix_seed(seed, step))
+    t = torch.randint(T, shape[:1], generator=generator, device=device)
+    flips = torch.rand(shape[:1], generator=generator, device=device) < 0.5
+    eps = torch.randn(shape, generator=generator, device=device)
+    torch.manual_seed(mix_seed(seed, step, rank))
+    return t, flips, eps
+
+
+def dier_loss(net: nn.Module, x0: Tensor, t: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
+    """Eq. 4.6 for each image: x0, eps (B, C, H, W), t (B,) -> (B,)."""
+    x_t = q_sample(x0, t, eps, abar)
+    return eps_loss(net(x_t, t, x0), eps)
+
+
+def ema_decay(decay: float, step: int) -> float:
+    """min(decay, (1 + n) / (10 + n)): a young run is averaged over about its last ninth."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def update_ema(ema: list[Tensor], params: list[Tensor], decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * params, in place, in one call for all tensors."""
+    torch._foreach_lerp_(ema, params, 1.0 - decay)
+
+
+# ---------------------------------------------------------------------------- beside the loop
+
+
+def make_parts(
+    net: nn.Module, settings: dict[str, Any], device: torch.device, saved: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What training changes, and so what a checkpoint holds: the weights, their average, Adam's
+    moments, the factor of fp16's scaler; new, or as saved."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
+        net.encoder.to(memory_format=torch.channels_last)  # what tensor cores read
+    ema = copy.deepcopy(net).requires_grad_(False).eval()
+    optimizer = torch.optim.Adam(net.parameters(), lr=settings["lr"], fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings["amp"] == "fp16")
+    parts = {"raw": net, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    for name, part in parts.items() if saved else ():
+        part.load_state_dict(saved[name])
+    return parts
+
+
+def add_sums(sums: Tensor, loss: Tensor, t: Tensor, norm: Tensor) -> None:
+    """Add a step to the 24 sums, on the device: loss and images by tenth of t (loss, t (B,)), the
+    gradient norm, and how many steps had a finite one and how many not. The last is for votes."""
+    tenth, finite = t * 10 // T, norm.isfinite()
+    sums[:10].index_add_(0, tenth, loss)
+    sums[10:20].index_add_(0, tenth, torch.ones_like(loss))
+    sums[20] += torch.where(finite, norm, 0.0)
+    sums[21] += finite
+    sums[22] += ~finite
+
+
+def read_sums(values: list[float]) -> dict[str, Any]:
+    """The 24 sums as means, None where nothing was drawn."""
+    loss, images, (norm, steps, skipped, _) = values[:10], values[10:20], values[20:]
+    return {
+        "loss": sum(loss) / max(1, sum(images)),
+        "loss_by_t": [s / n if n else None for s, n in zip(loss, images)],
+        "grad_norm": norm / max(1, steps),
+        "skipped": int(skipped),
+    }
+
+
+def check_finite(
+    values: list[float], settings: dict[str, Any], first: int, step: int, folder: Path
+) -> None:
+    """End the run where a loss or a gradient norm since step `first` was not finite; the last good
+    checkpoint stays. Steps that fp16's scaler skips are no error."""
+    tenths = [k for k, loss in enumerate(values[:10]) if not math.isfinite(loss)]
+    if tenths or (values[22] and settings["amp"] != "fp16"):
+        where = ", ".join(f"{100 * k}-{100 * k + 99}" for k in tenths) or "any"
+        kept = folder / "checkpoint.pt"
+        fail(
+            f"the {'loss' if tenths else 'gradient'} is not finite (steps {first} to {step}, t in "
+            f"{where}, lr {settings['lr']:g}, amp {settings['amp']}): try a smaller --lr, or "
+            f"--amp off{f'; {kept} is the last good one' if kept.exists() else ''}"
+        )
+
+
+def open_log(folder: Path, size: int, rank: int) -> Any:
+    """log.jsonl, cut to the `size` bytes that a checkpoint knows of, so that no row is there twice
+    after a crash; only rank 0 has one."""
+    if rank:
+        return open(os.devnull, "ab", buffering=0)
+    path = folder / "log.jsonl"
+    if size and path.exists():
+        os.truncate(path, min(size, path.stat().st_size))
+    return path.open("ab" if size else "wb", buffering=0)
+
+
+def time_left(done: int, steps: int, spent: float, limit: float) -> str:
+    """ ", 3:41 left", from the twentieth step of a call on: before, the rate is not known."""
+    left = (steps - done) * spent / done
+    return f", {clock(min(left, limit - spent) if limit else left)} left" if done >= 20 else ""
+
+
+def show_row(row: dict[str, Any], last: int, left: str) -> None:
+    """The progress line."""
+    status(
+        f"step {row['step']:,} of {last:,}, epoch {row['epoch']:.2f}, loss {row['loss']:.4f}, "
+        f"{row['images_per_s']:,.0f} images/s{left}"
+    )
+
+
+def save(folder: Path, parts: dict[str, Any], counters: dict[str, Any]) -> None:
+    """Write checkpoint.pt, whole or not at all: the state of each part, and the counters."""
+    state = {name: part.state_dict() for name, part in parts.items()} | counters
+    replace_file(folder / "checkpoint.pt", lambda path: torch.save(state, path))
+
+
+@torch.no_grad()
+def preview(
+    ema: nn.Module, images: Tensor, settings: dict[str, Any], abar: Tensor, path: Path
+) -> None:
+    """Show what is being learned: for four training images and five t, one row a t, x_0, x_t and
+    the one-step estimate of x_0 by the average weights. Draws from a generator of its own."""
+    x0 = data.to_float(images[:4].to(abar.device))
+    generator = torch.Generator().manual_seed(mix_seed(settings["seed"], -1))
+    rows = []
+    for t in PREVIEW_TIMES:
+        eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+        times = torch.full((len(x0),), t, device=x0.device)
+        x_t = q_sample(x0, times, eps, abar)
+        x0_hat = predict_x0(x_t, abar[t], ema(x_t, times, x0), clip=True)
+        rows.append(torch.stack([x0, x_t, x0_hat], dim=1).flatten(0, 1))  # (12, C, S, S)
+    page = data.to_uint8(torch.stack(rows)).cpu().numpy()  # (5, 12, C, S, S)
+    page = page.transpose(0, 3, 1, 4, 2)  # (5, S, 12, S, C)
+    page = page.reshape(page.shape[0] * page.shape[1], -1, page.shape[4])  # (5 S, 12 S, C)
+    scale = max(1, 64 // x0.shape[-1])
+    page = page.repeat(scale, 0).repeat(scale, 1).squeeze()
+    replace_file(path, lambda to: Image.fromarray(page).save(to, format="PNG"))
+
+
+def on_signal(stops: list[int] | None = None) -> None:
+    """Let Ctrl-C and SIGTERM end the program with status 130 and 143. With `stops` the first of
+    them is only noted there, for a loop that looks at it; a second one ends the program."""
+
+    def handler(number: int, _: Any) -> None:
+        if stops is None or stops:
+            raise SystemExit(128 + number)
+        stops.append(number)
+        os.write(2, b"\nstopping after this step; again to stop at once\n")  # print may be busy
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------- the loop
+
+
+def train(
+    net: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    images: np.ndarray,
+    settings: dict[str, Any],
+    folder: Path,
+    saved: dict[str, Any] | None = None,
+) -> tuple[int, float, int]:
+    """Train net on uint8 images (N, C, S, S) until the epochs or minutes of the settings are over.
+
+    loss_fn(net, x0, t, eps, abar) -> (B,) is `dier_loss`, or a baseline's. `saved` is a checkpoint
+    to go on from. Ctrl-C and SIGTERM end the step and save. Returns the step reached, the seconds
+    of this call, and the signal that stopped it, else 0.
+    """
+    seed, batch, accum, amp = (settings[key] for key in ("seed", "batch_size", "accum", "amp"))
+    device, (rank, size, _) = pick_device(settings["device"]), ranks()
+    images, abar = on_device(images, device), alphas_cumprod().float().to(device)
+    parts = make_parts(net.to(device), settings, device, saved)
+    ema, optimizer, scaler = parts["ema"], parts["optimizer"], parts["scaler"]
+    step, row_step, log_size, earlier, sums = 0, 0, 0, 0.0, torch.zeros(24, device=device)
+    if saved:
+        step, row_step, log_size = saved["step"], saved["row_step"], saved["log_size"]
+        earlier, sums = saved["seconds"], saved["sums"].to(device)
+    params, ema_params = list(net.parameters()), list(ema.parameters())
+    if settings["compile"]:
+        net.compile()
+    model = net if size == 1 else DistributedDataParallel(net, broadcast_buffers=False)
+
+    last, limit = math.ceil(settings["epochs"] * len(images) / batch), 60 * settings["minutes"]
+    shape, part = (batch, *images.shape[1:]), my_part(batch)
+    log, first, stop, stops = open_log(folder, log_size, rank), step, False, []
+    start = row_time = drawn_at = time.monotonic()
+    saved_at = told_at = -math.inf
+    on_signal(stops)
+    net.train()
+    while step < last and not stop:
+        # All that is random in step n is drawn from (seed, n) for the whole batch, of which each
+        # process takes its part: one process and eight see the same data, and a resumed run sees
+        # what it would have seen.
+        t, flips, eps = draw(seed, step, shape, device, rank)
+        index = batch_index(len(images), step, batch, seed, images.device)[part]
+        x0 = get_batch(images, index, device, flips[part] if settings["flip"] else None)
+        t, eps = t[part], eps[part]
+
+        # Forward and backward, in `accum` pieces whose gradients add up to the batch's; processes
+        # exchange gradients on the last piece only. Autocast runs products in half precision, and
+        # the scaler keeps fp16's small gradients above zero.
+        losses = []
+        for k, piece in enumerate(zip(x0.chunk(accum), t.chunk(accum), eps.chunk(accum))):
+            model.require_backward_grad_sync = k == accum - 1
+            with torch.autocast(device.type, AMP[amp], enabled=amp != "off"):
+                loss = loss_fn(model, *piece, abar)
+            scaler.scale(loss.mean() / accum).backward()
+            losses.append(loss.detach())
+
+        # Clip against rare steep steps, then Adam, then the average of the weights.
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(params, settings["clip"] or math.inf, foreach=True)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        step += 1
+        update_ema(ema_params, params, ema_decay(settings["ema"], step))
+
+        # The sums stay on the device, so that no step waits for it. They are read at a row: each
+        # of the first steps, every 20th and the last. One process looks after each step whether
+        # it must stop; many agree at rows, where one all-reduce brings sums and votes together.
+        add_sums(sums, torch.cat(losses), t, norm)
+        now = time.monotonic()
+        at_row = step <= ROW_STEPS or step % ROW_STEPS == 0 or step == last
+        looks = at_row or size == 1
+        stop = looks and (bool(stops) or 0 < limit <= now - start)
+        if at_row:
+            sums[23] = stop
+            if size > 1:
+                dist.all_reduce(sums)
+            values = sums.tolist()
+            check_finite(values, settings, row_step + 1, step, folder)
+            row = {"step": step, "epoch": step * batch / len(images), "images": step * batch}
+            row |= {"seconds": earlier + now - start, **read_sums(values)}
+            row["images_per_s"] = (step - max(row_step, first)) * batch / (now - row_time)
+            log.write(json.dumps(row).encode() + b"\n")
+            stop, row_step, row_time = values[23] > 0, step, now
+            sums.zero_()
+            if sys.stdout.isatty() or now - told_at > 10 or stop or step == last:
+                show_row(row, last, time_left(step - first, last - first, now - start, limit))
+                told_at = now
+
+        # Save at the first row, every minute and at the end.
+        ends = stop or step == last
+        if rank == 0 and looks and (ends or now - saved_at > SAVE_SECONDS):
+            check_finite(sums.tolist(), settings, row_step + 1, step, folder)
+            counters = {"step": step, "row_step": row_step, "log_size": log.tell()}
+            counters |= {"seconds": earlier + now - start, "sums": sums.cpu(), "settings": settings}
+            save(folder, parts, counters)
+            saved_at = now
+            if loss_fn is dier_loss and (ends or now - drawn_at > PREVIEW_SECONDS):
+                preview(ema, images, settings, abar, folder / "preview.png")
+                drawn_at = now
+    on_signal()
+    log.close()
+    return step, time.monotonic() - start, stops[0] if stops else 0
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def ranks() -> tuple[int, int, int]:
+    """(rank, number of processes, rank on this machine) as torchrun says, else (0, 1, 0)."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    return tuple(int(os.environ.get(name, alone)) for name, alone in names.items())
+
+
+def my_part(n: int) -> slice:
+    """This process's share of n things; n is a multiple of the number of processes."""
+    rank, size, _ = ranks()
+    return slice(rank * n // size, (rank + 1) * n // size)
+
+
+def join_processes(device: str) -> None:
+    """Meet the other processes of torchrun: NCCL between GPUs, gloo on CPUs. Each GPU process uses
+    the GPU of its number on this machine; rank 0 alone prints."""
+    rank, size, local = ranks()
+    if size == 1:
+        return
+    gpu = device != "cpu" and torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1))
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, stays open to the end
+
+
+def this_launch() -> str | None:
+    """What names this call of torchrun, over all its restarts, on rank 0; None without torchrun."""
+    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    return launch and f"{launch}-{os.getppid()}"
+
+
+def restarted(folder: Path) -> bool:
+    """Did torchrun start us anew after a crash of this launch, which has saved to the folder?"""
+    rank, size, _ = ranks()
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    mine = again and read_config(folder).get("launch") == this_launch()
+    answer = [mine and (folder / "checkpoint.pt").exists()]
+    if size > 1:
+        dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def load_once(settings: dict[str, Any]) -> tuple[data.Split, data.Split]:
+    """Both splits of the run's set; the first process of each machine downloads and decodes."""
+    _, size, local = ranks()
+    if size > 1 and local:
+        dist.barrier()
+    splits = data.load(
+        settings["data"], settings["size"], settings["channels"], Path(settings["data_dir"]),
+        settings["limit"], settings["seed"],
+    )  # fmt: skip
+    if size > 1 and not local:
+        dist.barrier()
+    return splits
+
+
+def guard(main: Callable[[], None]) -> None:
+    """Run a command's main: what can go wrong outside the program becomes one line, status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
+    on_signal()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + 13) from None
+    except OSError as error:
+        fail(f"{error.filename or 'file'}: {error.strerror or error}")
+    except (RuntimeError, MemoryError) as error:
+        text = str(error).splitlines()[0] if str(error) else "out of memory"
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
+            fail(f"out of memory ({text[:80]}): try --accum 2 or more, or a smaller --batch-size")
+        if "PytorchStreamWriter" in text:
+            fail("a checkpoint could not be written: is the disk full? The last good one stays")
+        if dist.is_initialized() and ("gloo" in text or "NCCL" in text):
+            fail(f"another process ended ({text[:80]}); the last checkpoint stays")
+        raise
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Resolve the settings, build or restore a run, train it, say what comes next."""
+    typed = vars(build_parser().parse_args(argv))
+    name, resume, dry_run = (typed.pop(key, None) for key in ("name", "resume", "dry_run"))
+    join_processes(typed.get("device", "auto"))
+    if name is None and "data" in typed:
+        name = Path(typed["data"]).resolve().name
+    folder = find_run(name) if resume else RUNS / (name or DEFAULTS["data"])
+    saved = read_checkpoint(folder) if resume or restarted(folder) else None
+    if saved:
+        if saved["settings"]["method"] != "dier":
+            fail(f"{folder} is a run of {saved['settings']['method']}: see appendix.baselines")
+        settings = resolve_resumed(typed, saved["settings"])
+    else:
+        settings = resolve(typed)
+        if (folder / "checkpoint.pt").exists() and not dry_run:
+            fail(f"{folder} holds a trained run: add --resume to go on, or choose another --name")
+    batch, pieces = settings["batch_size"], ranks()[1] * settings["accum"]
+    if batch % pieces:
+        fail(
+            f"--batch-size {batch} is not a multiple of {ranks()[1]} process(es) x --accum "
+            f"{settings['accum']}: give {-(-batch // pieces) * pieces}"
+        )
+    with torch.device("meta"):
+        parts = build_dier(settings).named_children()
+        counts = {part: sum(p.numel() for p in net.parameters()) for part, net in parts}
+    describe(settings, counts, folder, "preset" not in typed and not saved)
+    if dry_run:
+        print(json.dumps({**settings, "parameters": counts}))
+    else:
+        run(settings, folder, saved)
+
+
+def run(settings: dict[str, Any], folder: Path, saved: dict[str, Any] | None) -> None:
+    """Load the data, train, say what comes next. Exits where a resumed run's data is another."""
+    split, _ = load_once(settings)  # the test images too: the probe must not fail in half an hour
+    found = {"images": len(split.images), "class_names": split.class_names}
+    known = {key: settings.get(key, value) for key, value in found.items()}
+    if found != known:
+        fail(
+            f"{settings['data']} has {found['images']:,} images of {len(found['class_names'])} "
+            f"classes, but {folder} was trained on {known['images']:,} of "
+            f"{len(known['class_names'])}: give that --data, or another --name"
+        )
+    if saved and saved["step"] * settings["batch_size"] >= settings["epochs"] * len(split.images):
+        fail(f"{folder} has done its {settings['epochs']:g} epochs: give more with --epochs")
+    settings = {**settings, **found, "launch": this_launch()}
+    if ranks()[0] == 0:
+        text = json.dumps(settings, indent=1) + "\n"
+        replace_file(folder / "config.json", lambda path: path.write_text(text))
+    torch.manual_seed(settings["seed"])
+    net = build_dier(settings)
+    step, seconds, stopped = train(net, dier_loss, split.images, settings, folder, saved)
+    name = folder.relative_to(RUNS)
+    if stopped:
+        print(f"stopped at step {step:,}: python train.py --name {name} --resume goes on")
+        raise SystemExit(128 + stopped)
+    named = "" if folder == find_run() else f" --name {name}"
+    t = " --t 400" if settings["data"] == "glyphs" else ""
+    seen = step * settings["batch_size"]
+    print(f"{step:,} steps, {seen:,} images seen, {clock(seconds)} in this call; next: python "
+          f"probe.py{named}{t}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    guard(main)
