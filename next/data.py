@@ -671,8 +671,10 @@ def decode(split: Split, size: int, channels: int, what: str) -> Iterator[np.nda
             if brightest is not None and len(deep) < 100:
                 deep.append(brightest)
     if deep and max(deep) < 65536 / 8:
-        print(f"warning: {what}: 16-bit images reach only {max(deep):,} of 65,535 and will look "
-              "nearly black: stretch them first")  # fmt: skip
+        print(
+            f"warning: {what}: 16-bit images reach only {max(deep):,} of 65,535 and will look "
+            "nearly black: stretch them first"
+        )
     if pages:
         print(f"{what}: {pages:,} files have several pages or frames, of which the first is read")
 

@@ -371,14 +371,14 @@ class DiER(nn.Module):
 # a token must hold the noise of its patch: of patch^2 x channels numbers the share beyond `hidden`
 # stays in the loss for ever, so the digits take patch 8 (64 numbers) and colour patch 4 (48).
 
+# fmt: off
 COLUMNS = (
     "size", "patch", "hidden", "depth", "heads",  # images and DiT
     "base", "blocks", "mult", "attention", "enc_heads", "dropout",  # encoder
     "batch_size", "lr", "epochs",  # recipe
-)  # fmt: skip
-# fmt: off
+)
 TABLE = {
-    #        size patch hidden depth heads  base blocks mult attention enc_heads dropout batch lr epochs
+    #     size patch hidden depth heads base blocks mult attention enc_heads dropout batch lr epochs
     "paper 32":    (32, 2, 192, 12, 3,  128, 2, (1, 2, 3, 4), (16, 8), 4, 0.1,      128, 1e-4, 200),
     "paper 64":    (64, 4, 384, 12, 6,  128, 2, (1, 2, 3, 4), (16, 8), 4, 0.1,      128, 1e-4, 200),
     "paper 256":  (256, 8, 768, 16, 12, 256, 2, (1, 1, 2, 2, 3, 4), (16, 8), 4, 0.1, 16, 1e-5, 200),

@@ -21,7 +21,6 @@ Shapes: N images, B batch, V = 1024, K classes, H heads.
 import argparse
 import json
 import math
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -278,10 +277,16 @@ def probe(
     for kind, floor in floors.items():
         scores[kind] = score(features(floor, chosen["t"], kind))["top1"]
     return {
-        "rows": rows, "chosen_t": chosen["t"], "test_top1": chosen["top1"],
-        "oracle_t": oracle["t"], "oracle_top1": oracle["top1"], "floors": scores,
-        "n_train": len(labels[0]), "n_test": len(labels[1]), "protocol": protocol,
-    }  # fmt: skip
+        "rows": rows,
+        "chosen_t": chosen["t"],
+        "test_top1": chosen["top1"],
+        "oracle_t": oracle["t"],
+        "oracle_top1": oracle["top1"],
+        "floors": scores,
+        "n_train": len(labels[0]),
+        "n_test": len(labels[1]),
+        "protocol": protocol,
+    }
 
 
 def write_arrays(archive: zipfile.ZipFile, arrays: dict[str, Tensor]) -> None:
@@ -297,17 +302,23 @@ def print_summary(result: dict[str, Any]) -> None:
     low, high = wilson(best, n)
     several = len(result["rows"]) > 1
     which = "chosen by held-out training images" if several else "given"
-    print(f"\nt = {result['chosen_t']} ({which}): test top-1 {best:.2f}%, 95% interval {low:.2f} to "
-          f"{high:.2f} ({n:,} test images)")  # fmt: skip
+    print(
+        f"\nt = {result['chosen_t']} ({which}): test top-1 {best:.2f}%, 95% interval {low:.2f} to "
+        f"{high:.2f} ({n:,} test images)"
+    )
     if several:
-        print(f"oracle: t = {result['oracle_t']} is best on the test set, as the paper reports: "
-              f"{result['oracle_top1']:.2f}%")  # fmt: skip
+        print(
+            f"oracle: t = {result['oracle_t']} is best on the test set, as the paper reports: "
+            f"{result['oracle_top1']:.2f}%"
+        )
     print("floors: " + ", ".join(f"{kind} {top1:.2f}" for kind, top1 in result["floors"].items()))
     held = "a tenth" if result["n_train"] >= FEW else "5-fold"
-    print(f"protocol: {p['weights']} weights at step {p['step']:,}, norm {p['norm']}, AdamW lr "
-          f"{p['lr']:g}, decay {WEIGHT_DECAY}, batch {min(BATCH, result['n_train'])},\n"
-          f"  {p['epochs']} epochs (warm-up {min(WARMUP, p['epochs'])}, then linear to 0), "
-          f"{result['n_train']:,} training images, held-out {held}")  # fmt: skip
+    print(
+        f"protocol: {p['weights']} weights at step {p['step']:,}, norm {p['norm']}, AdamW lr "
+        f"{p['lr']:g}, decay {WEIGHT_DECAY}, batch {min(BATCH, result['n_train'])},\n"
+        f"  {p['epochs']} epochs (warm-up {min(WARMUP, p['epochs'])}, then linear to 0), "
+        f"{result['n_train']:,} training images, held-out {held}"
+    )
 
 
 # ---------------------------------------------------------------------------- command line
@@ -321,8 +332,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--name", help="the run in runs/NAME (the newest)")
     add("--data", help="another set than the run's: transfer")
     add("--data-dir", help="sets live here (the run's)")
-    add("--norm", choices=["std", "none"], help="standardise features by the training set, or not, "
-        "as the paper says (std)")  # fmt: skip
+    norm = "standardise features by the training set, or not, as the paper says (std)"
+    add("--norm", choices=["std", "none"], help=norm)
     add("--weights", choices=["ema", "raw"], help="the weights' average, or the weights (ema)")
     add("--epochs", type=whole, help="epochs of the heads (100)")
     add("--lr", type=positive, help="peak learning rate (2 x the paper's: 2e-4 or 2e-5)")
@@ -359,9 +370,14 @@ def main(argv: list[str] | None = None) -> None:
     model, saved = load_model(folder, weights=weights)
     settings, device = saved["settings"], pick_device(typed.get("device", "auto"))
     standard = {
-        "t": TIMES, "data": settings["data"], "limit": 0, "norm": "std", "epochs": EPOCHS,
-        "lr": 2e-5 if settings["row"] == 256 else 2e-4, "weights": "ema",
-    }  # fmt: skip
+        "t": TIMES,
+        "data": settings["data"],
+        "limit": 0,
+        "norm": "std",
+        "epochs": EPOCHS,
+        "lr": 2e-5 if settings["row"] == 256 else 2e-4,
+        "weights": "ema",
+    }
     protocol = {key: typed.get(key, value) for key, value in standard.items()}
     times = protocol.pop("t")
     data_dir = Path(typed.get("data_dir", settings["data_dir"]))

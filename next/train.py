@@ -55,10 +55,20 @@ ROW_STEPS = 20  # a row of the log for each of the first 20 steps, then for ever
 # ---------------------------------------------------------------------------- settings
 
 DEFAULTS = {
-    "method": "dier", "data": "glyphs", "data_dir": "data", "preset": "auto", "seed": 0,
-    "minutes": 0, "ema": 0.9999, "clip": 1.0, "limit": 0,
-    "device": "auto", "amp": "auto", "accum": 1, "compile": False,
-}  # fmt: skip
+    "method": "dier",
+    "data": "glyphs",
+    "data_dir": "data",
+    "preset": "auto",
+    "seed": 0,
+    "minutes": 0,
+    "ema": 0.9999,
+    "clip": 1.0,
+    "limit": 0,
+    "device": "auto",
+    "amp": "auto",
+    "accum": 1,
+    "compile": False,
+}
 # What a resumed run may change; all else is as in its checkpoint.
 MAY_CHANGE = ("epochs", "minutes", "device", "amp", "compile", "accum", "data_dir")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,9 +103,13 @@ class Parser(argparse.ArgumentParser):
         first, *rest = doc.split("\n\n")
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(
-            description=first, epilog=rest[0], formatter_class=raw,
-            argument_default=argparse.SUPPRESS, allow_abbrev=False, **more,
-        )  # fmt: skip
+            description=first,
+            epilog=rest[0],
+            formatter_class=raw,
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+            **more,
+        )
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message}; --help lists the flags")
@@ -110,10 +124,9 @@ def build_parser() -> Parser:
     add("--name", help="the run's folder is runs/NAME (the set's name)")
     add("--resume", action="store_true", help="go on from the checkpoint of --name, or the newest")
     add("--dry-run", action="store_true", help="print the settings, train nothing")
-    add("--preset", choices=["auto", *PRESETS], help="paper: Table 4; cpu: minutes on two cores (auto: paper "
-        "with CUDA, else cpu)")  # fmt: skip
-    add("--minutes", type=not_negative, help="at most so long, from the first step of this call "
-        "(0 = no limit)")  # fmt: skip
+    preset = "paper: Table 4; cpu: minutes on two cores (auto: paper with CUDA, else cpu)"
+    add("--preset", choices=["auto", *PRESETS], help=preset)
+    add("--minutes", type=not_negative, help="at most so long, from the first step (0 = no limit)")
     add("--seed", type=count, help="of weights, batches, t, eps and dropout (0)")
     add("--limit", type=count, help="a sample of N images, equal over the classes (0 = all)")
     add("--flip", action=switch, help="random horizontal flips (on; off for digits)")
@@ -213,16 +226,20 @@ def describe(settings: dict[str, Any], counts: dict[str, int], folder: Path, aut
     why = "no GPU: " if auto and settings["preset"] == "cpu" else ""
     more = "; --preset paper for Table 4" if settings["preset"] == "cpu" else ""
     total, encoder = sum(counts.values()) / 1e6, counts["encoder"] / 1e6
-    print(f"{why}preset {settings['preset']}, {total:.1f}M parameters, of which the encoder has "
-          f"{encoder:.2f}M{more}")  # fmt: skip
+    print(
+        f"{why}preset {settings['preset']}, {total:.1f}M parameters, of which the encoder has "
+        f"{encoder:.2f}M{more}"
+    )
     shown = {k: v for k, v in settings.items() if k not in ("class_names", "launch")}
     pairs = (f"{key}={str(value).replace(' ', '')}" for key, value in shown.items())
     print(textwrap.fill(f"{folder}: {' '.join(pairs)}", 100, subsequent_indent="  "))
     values = settings["patch"] ** 2 * settings["channels"]  # of a patch's noise
     lost = 1 - settings["hidden"] / values
     if lost > 0:
-        print(f"a patch's {values} values do not fit a token of {settings['hidden']}: {lost:.0%} "
-              "of the noise stays in the loss; give a smaller --patch")  # fmt: skip
+        print(
+            f"a patch's {values} values do not fit a token of {settings['hidden']}: {lost:.0%} "
+            "of the noise stays in the loss; give a smaller --patch"
+        )
 
 
 # ---------------------------------------------------------------------------- runs on disk
@@ -613,9 +630,13 @@ def load_once(settings: dict[str, Any]) -> tuple[data.Split, data.Split]:
     if size > 1 and local:
         dist.barrier()
     splits = data.load(
-        settings["data"], settings["size"], settings["channels"], Path(settings["data_dir"]),
-        settings["limit"], settings["seed"],
-    )  # fmt: skip
+        settings["data"],
+        settings["size"],
+        settings["channels"],
+        Path(settings["data_dir"]),
+        settings["limit"],
+        settings["seed"],
+    )
     if size > 1 and not local:
         dist.barrier()
     return splits
@@ -705,8 +726,10 @@ def run(settings: dict[str, Any], folder: Path, saved: dict[str, Any] | None) ->
     named = "" if folder == find_run() else f" --name {name}"
     t = " --t 400" if settings["data"] == "glyphs" else ""
     seen = step * settings["batch_size"]
-    print(f"{step:,} steps, {seen:,} images seen, {clock(seconds)} in this call; next: python "
-          f"probe.py{named}{t}")  # fmt: skip
+    print(
+        f"{step:,} steps, {seen:,} images seen, {clock(seconds)} in this call; next: python "
+        f"probe.py{named}{t}"
+    )
 
 
 if __name__ == "__main__":
