@@ -19,6 +19,7 @@ Shapes: N images, B batch, C channels, H W pixels, S = H = W.
 """
 
 import csv
+import errno
 import hashlib
 import http.client
 import math
@@ -36,7 +37,8 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -47,12 +49,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+warnings.filterwarnings("ignore", module="PIL")  # of odd metadata, and of images that are large
+
 # ---------------------------------------------------------------------------- what all files need
 
 
 def fail(message: str) -> NoReturn:
     """Print one line and exit with status 2: the way every command reports bad input."""
-    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks for all
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun one process a machine speaks
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -116,16 +120,19 @@ def replace_file(path: Path, write: Callable[[Path], Any], temporary: Path | Non
 
 def private_name(path: Path) -> Path:
     """A temporary name beside `path` for this process alone, since two runs may decode the same
-    set at once. Removes what dead processes of this machine have left there."""
-    stem = f".{path.name}.{platform.node()}-"
-    for old in path.parent.glob(f"{stem}*") if os.name == "posix" else ():
+    set at once. Removes what dead processes of this machine have left in that folder."""
+    host = platform.node()
+    for old in path.parent.glob(f".*.{host}-*") if os.name == "posix" else ():
+        pid = old.name.rpartition("-")[2]
+        if not (pid.isdigit() and old.name.endswith(f".{host}-{pid}")):
+            continue  # of another machine whose name begins like ours
         try:
-            os.kill(int(old.name.removeprefix(stem)), 0)  # signal 0 only asks: is it alive?
-        except (ProcessLookupError, ValueError):
+            os.kill(int(pid), 0)  # signal 0 only asks: is it alive?
+        except ProcessLookupError:
             remove(old)
         except PermissionError:
             pass  # another user's process, alive
-    return path.with_name(f"{stem}{os.getpid()}")
+    return path.with_name(f".{path.name}.{host}-{os.getpid()}")
 
 
 # ---------------------------------------------------------------------------- the table of sets
@@ -148,31 +155,25 @@ SETS = {
     "bccd": Facts(3, 256, True),
     "oct2017": Facts(1, 256, True),
 }
-DOWNLOADS = {  # set -> (mirrors in the order to try, {file: md5})
+DOWNLOADS = {  # set -> {file: md5}
+    "mnist": {
+        "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+        "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+    },
+    "cifar10": {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
+    "cifar100": {"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"},
+    "tiny-imagenet": {"tiny-imagenet-200.zip": "90528d7ca1a48142e341f4ef8d21d0de"},
+}
+MIRRORS = {  # set -> addresses in the order to try
     "mnist": (
-        (
-            "https://ossci-datasets.s3.amazonaws.com/mnist/",
-            "https://storage.googleapis.com/cvdf-datasets/mnist/",
-        ),
-        {
-            "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-            "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
-            "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
-            "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
-        },
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
     ),
-    "cifar10": (
-        ("https://www.cs.toronto.edu/~kriz/",),
-        {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
-    ),
-    "cifar100": (
-        ("https://www.cs.toronto.edu/~kriz/",),
-        {"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"},
-    ),
-    "tiny-imagenet": (
-        ("http://cs231n.stanford.edu/",),
-        {"tiny-imagenet-200.zip": "90528d7ca1a48142e341f4ef8d21d0de"},
-    ),
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/",),
+    "cifar100": ("https://www.cs.toronto.edu/~kriz/",),
+    "tiny-imagenet": ("http://cs231n.stanford.edu/",),
 }
 BY_HAND = {
     "bccd": "dataset2-master from https://www.kaggle.com/datasets/paultimothymooney/blood-cells",
@@ -182,13 +183,18 @@ PATTERNS = {  # where the images of a set lie; root is whatever the archive's ma
     "tiny-imagenet": r"(?P<root>.*/)?(?P<split>train|val)/(?:(?P<label>n\d+)/)?(?:images/)?[^/]+",
     "bccd": r"(?P<root>.*/)?images/"
     r"(?P<group>(?P<split>TRAIN|TEST)/(?P<label>[A-Z]+)/_\d+)_\d+\.\w+",
-    "oct2017": r"(?P<root>(?:.*/)?(?:OCT2017 ?|OCT)/)?"
+    "oct2017": r"(?P<root>(?!.*chest_xray/).*/)?"  # chest_xray: beside OCT in ZhangLabData
     r"(?P<split>train|test)/(?P<label>[A-Z]+)/[A-Z]+-(?P<group>\d+)-\d+\.\w+",
 }
 BCCD_ORIGINALS = r"(?P<root>.*/)?JPEGImages/BloodImage_(?P<number>\d+)\.\w+"
 BCCD_CLASSES = ("EOSINOPHIL", "LYMPHOCYTE", "MONOCYTE", "NEUTROPHIL")  # Sec. 5.1; not BASOPHIL
 TRAIN, HELD = ("train", "training"), ("test", "testing", "val", "valid", "validation")
 NO_PICTURES = ("EPS", "WMF", "HDF5", "GRIB", "BUFR", "MPEG")  # opened by Pillow, but not decoded
+SUFFIXES = frozenset(  # .png, .jpg, .jfif, .webp, ...; .mpo is opened by the reader of .jpg
+    suffix
+    for suffix, kind in [*Image.registered_extensions().items(), (".mpo", "JPEG")]
+    if kind in Image.OPEN and kind not in NO_PICTURES
+)
 
 
 @dataclass
@@ -199,69 +205,93 @@ class Split:
     labels: np.ndarray | None  # int64 (N,); None: unlabelled
     groups: np.ndarray | None  # int64 (N,), equal for images of one source picture or patient
     class_names: list[str]
-    files: list[Path]  # where the images come from: if they change, they are decoded again
+
+
+class Unreadable(Exception):
+    """One line: which file or address cannot be read, why, and maybe the way out."""
+
+
+def damage(path: Path, reason: object) -> str:
+    """The line for a file whose content cannot be right."""
+    reason = " ".join(str(reason).split())
+    return f"{path} is damaged ({reason}): delete it, then run or get it again"
 
 
 # ---------------------------------------------------------------------------- download and unpack
 
 TIMEOUT, TRIES = 8.0, 3  # seconds a server may be silent
-BROKEN = (OSError, EOFError, RuntimeError, ValueError, NotImplementedError, zlib.error)
-BROKEN += (zipfile.BadZipFile, tarfile.TarError, http.client.HTTPException)
+# what a disk or a path answers: a fault of no server and no archive
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK += (errno.EIO, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
+def not_there(name: str, folder: Path, why: str = "") -> NoReturn:
+    """Exit: a named set has to be put into its folder by hand."""
+    what = BY_HAND.get(name) or f"{', '.join(DOWNLOADS[name])} from {MIRRORS[name][0]}"
+    fail(f"{name} is not in {folder}{why}: put {what} there; or `python train.py` needs no data")
 
 
 def download(name: str, folder: Path) -> None:
-    """Fetch the files of a set that are not in its folder, each in at most TRIES tries over its
-    mirrors. A file gets its name only when it is whole and its md5 is right."""
-    mirrors, md5s = DOWNLOADS[name]
-    for file in (file for file in md5s if not (folder / file).exists()):
-        path, reason = folder / file, ""
-        for attempt in range(TRIES):
-            url = mirrors[attempt % len(mirrors)] + file
-            try:
-                write = partial(fetch, url, md5s[file])
-                replace_file(path, write, private_name(path))
-                break
-            except BROKEN as error:
-                if getattr(error, "errno", None) == 28:  # a full disk is no fault of the mirror
-                    raise
-                reason = f"{url}: {error}"
-                time.sleep(attempt)  # a short pause: 0, 1, 2 seconds
-        else:
-            fail(
-                f"{name} is not in {folder} and could not be downloaded ({reason}): put "
-                f"{', '.join(md5s)} from {mirrors[0]} there; or `python train.py` needs no data"
-            )
+    """Fetch the files of a set that are not in its folder; leaves no empty folder behind."""
+    new = [place for place in (folder, folder.parent) if not place.exists()]
+    try:
+        for file, md5 in DOWNLOADS.get(name, {}).items():
+            if not (folder / file).exists():
+                download_file(name, folder / file, md5)
+    finally:
+        for place in new:
+            with suppress(OSError):  # it is not empty
+                place.rmdir()
+
+
+def download_file(name: str, path: Path, md5: str) -> None:
+    """Fetch one file of a set, in at most TRIES tries over its mirrors. It gets its name only when
+    it is whole and its md5 is right."""
+    reason = ""
+    for attempt in range(TRIES):
+        url = MIRRORS[name][attempt % len(MIRRORS[name])] + path.name
+        try:
+            return replace_file(path, partial(fetch, url, md5), private_name(path))
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) in DISK:
+                raise
+            reason = f"{url}: {error}"
+        time.sleep(attempt)  # a short pause: 0, 1, 2 seconds
+    not_there(name, path.parent, f" and could not be downloaded ({reason})")
 
 
 def fetch(url: str, md5: str, path: Path) -> None:
     """Write the file at url to path. Raises OSError where it broke off or its md5 is another."""
+    digest, count = hashlib.md5(), 0
     with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, path.open("wb") as out:
-        total, digest = int(answer.headers.get("Content-Length", 0)), hashlib.md5()
-        chunks = iter(lambda: answer.read(2**16), b"")
+        total = int(answer.headers.get("Content-Length", 0))
+        chunks = iter(partial(answer.read, 2**16), b"")
         for chunk in progress(chunks, url, total / 1e6, "MB", lambda: out.tell() / 1e6):
             digest.update(chunk)
-            out.write(chunk)
-        if out.tell() < total:
-            raise OSError(f"broke off after {out.tell():,} of {total:,} bytes")
-        if digest.hexdigest() != md5:
-            raise OSError(f"its md5 is {digest.hexdigest()}, not {md5}")
+            count += out.write(chunk)
+    if count < total:
+        raise OSError(f"broke off after {count:,} of {total:,} bytes")
+    if digest.hexdigest() != md5:
+        raise OSError(f"its md5 is {digest.hexdigest()}, not {md5}")
 
 
-def unpack(folder: Path) -> None:
+def unpack(name: str, folder: Path) -> None:
     """Unpack each archive in a set's folder once, NAME.zip into NAME/, which appears only when it
     is whole. tarfile's `filter="data"` and zipfile keep every member inside that folder."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        stem = re.sub(r"\.(zip|tar|tar\.gz|tgz)$", "", path.name, flags=re.IGNORECASE)
-        target = path.with_name(stem)
-        if stem == path.name or path.name.startswith(".") or not path.is_file() or target.exists():
+        parts = re.fullmatch(r"([^.].*)\.(zip|tar|tar\.gz|tgz)", path.name, re.IGNORECASE)
+        if parts is None or not path.is_file() or path.with_name(parts[1]).exists():
             continue
-        extract = extract_zip if path.suffix.lower() == ".zip" else extract_tar
+        target = path.with_name(parts[1])
+        extract = extract_zip if parts[2].lower() == "zip" else extract_tar
         try:
             replace_file(target, partial(extract, path), private_name(target))
-        except BROKEN as error:
-            if getattr(error, "errno", None):  # a full disk, a read-only folder: not its fault
+        except Exception as error:  # of damaged archives the two libraries raise nearly anything
+            if target.is_dir():  # another run was quicker
+                continue
+            if getattr(error, "errno", None) in DISK:
                 raise
-            fail(f"{path} is damaged ({error}): delete it, then run or get it again")
+            fail(damage(path, error))
 
 
 def extract_zip(path: Path, folder: Path) -> None:
@@ -273,15 +303,17 @@ def extract_zip(path: Path, folder: Path) -> None:
 
 
 def extract_tar(path: Path, folder: Path) -> None:
-    """All members of a .tar or .tar.gz. Raises EOFError where it is cut between two members, which
-    tarfile takes for the end: a whole one ends in zeros."""
+    """All members of a .tar or .tar.gz. Raises EOFError where it is cut, or a header is damaged,
+    between two members, which tarfile takes for the end: a whole one ends in zeros."""
     with path.open("rb") as raw, tarfile.open(fileobj=raw) as archive:
         size = path.stat().st_size / 1e6
         shown = progress(archive, f"unpacking {path.name}", size, "MB", lambda: raw.tell() / 1e6)
         archive.extractall(folder, members=shown, filter="data")
         archive.fileobj.seek(archive.offset)
-        if len(archive.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+        if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise EOFError("it ends too early")
+        while archive.fileobj.read(2**20):  # to the end of a .gz, where its checksum is
+            pass
 
 
 def list_files(folder: Path, parents: tuple[Path, ...] = ()) -> Iterator[str]:
@@ -332,7 +364,7 @@ def draw_glyphs(split: str) -> Split:
         pixels = np.asarray(image.reduce(3), np.float32) * rng.uniform(0.6, 1.0)
         pixels += rng.normal(0, rng.uniform(0, 25), pixels.shape)
         out[i] = pixels.clip(0, 255).round()
-    return Split(out, labels, None, [str(digit) for digit in range(10)], [])
+    return Split(out, labels, None, [str(digit) for digit in range(10)])
 
 
 def read_bytes(folders: list[Path], *names: str) -> tuple[Path, bytes] | None:
@@ -342,17 +374,17 @@ def read_bytes(folders: list[Path], *names: str) -> tuple[Path, bytes] | None:
         for file in list_files(folder):
             if file.rsplit("/", 1)[-1] in names:
                 path = folder / file
+                raw = path.read_bytes()
                 try:
-                    raw = path.read_bytes()
                     return path, zlib.decompress(raw, 31) if file.endswith(".gz") else raw
                 except zlib.error as error:
-                    fail(f"{path} is damaged ({error}): delete it, then run or get it again")
+                    fail(damage(path, error))
     return None
 
 
 def read_mnist(folders: list[Path], split: str) -> Split | None:
     """Two idx files: 0, 0, 8, d, then d big-endian sizes of 4 bytes, then the bytes."""
-    prefix, arrays, files = "train" if split == "train" else "t10k", [], []
+    prefix, arrays = "train" if split == "train" else "t10k", []
     for name, d in ((f"{prefix}-images-idx3-ubyte", 3), (f"{prefix}-labels-idx1-ubyte", 1)):
         found = read_bytes(folders, name, f"{name}.gz")
         if found is None:
@@ -361,40 +393,42 @@ def read_mnist(folders: list[Path], split: str) -> Split | None:
         head = 4 + 4 * d
         shape = [int.from_bytes(raw[k : k + 4], "big") for k in range(4, head, 4)]
         if raw[:4] != bytes([0, 0, 8, d]):
-            fail(f"{path} is damaged: it starts with {raw[:4].hex()}, not with 000008{d:02d}")
+            fail(damage(path, f"it starts with {raw[:4].hex()}, not with 000008{d:02d}"))
         if len(raw) != head + math.prod(shape) or 0 in shape:
-            fail(f"{path} is damaged: {len(raw):,} bytes for the dimensions {shape}")
+            fail(damage(path, f"{len(raw):,} bytes for the dimensions {shape}"))
         arrays.append(np.frombuffer(raw, np.uint8, offset=head).reshape(shape))
-        files.append(path)
     images, labels = arrays
     if len(images) != len(labels) or labels.max() > 9:
-        fail(f"{path} is damaged: {len(labels):,} labels to {labels.max()}, {len(images):,} digits")
-    return Split(images[:, None], labels, None, [str(digit) for digit in range(10)], files)
+        fail(damage(path, f"{len(labels):,} labels to {labels.max()}, {len(images):,} digits"))
+    return Split(images[:, None], labels, None, [str(digit) for digit in range(10)])
 
 
-def read_cifar(name: str, folders: list[Path], split: str) -> Split | None:
+def read_cifar(name: str, folder: Path, split: str) -> Split | None:
     """Records of one label byte (cifar100: coarse, then fine; the fine one is used) and 3072 bytes,
     the R, G and B planes, row-major."""
-    head, classes, meta, names = 2, 100, "fine_label_names.txt", [f"{split}.bin"]
+    head, classes, meta, files = 2, 100, "fine_label_names.txt", [f"{split}.bin"]
     if name == "cifar10":
-        head, classes, meta, names = 1, 10, "batches.meta.txt", ["test_batch.bin"]
+        head, classes, meta, files = 1, 10, "batches.meta.txt", ["test_batch.bin"]
         if split == "train":
-            names = [f"data_batch_{k}.bin" for k in range(1, 6)]
-    records, files = [], []
-    for file in names:
-        found = read_bytes(folders, file)
+            files = [f"data_batch_{k}.bin" for k in range(1, 6)]
+    parts = []
+    for file in files:
+        found = read_bytes([folder], file)
         if found is None:
             return None
         path, raw = found
         if not raw or len(raw) % (head + 3072):
-            fail(f"{path} is damaged: {len(raw):,} bytes are not whole records of {head + 3072}")
-        records.append(np.frombuffer(raw, np.uint8).reshape(-1, head + 3072))
-        if records[-1][:, head - 1].max() >= classes:
-            fail(f"{path} is damaged: label {records[-1][:, head - 1].max()} of {classes} classes")
-        files.append(path)
-    data, found = np.concatenate(records), read_bytes(folders, meta)
-    class_names = found[1].decode().split() if found else [str(k) for k in range(classes)]
-    return Split(data[:, head:].reshape(-1, 3, 32, 32), data[:, head - 1], None, class_names, files)
+            fail(damage(path, f"{len(raw):,} bytes are not whole records of {head + 3072}"))
+        records = np.frombuffer(raw, np.uint8).reshape(-1, head + 3072)
+        highest = records[:, head - 1].max()
+        if highest >= classes:
+            fail(damage(path, f"label {highest} of {classes} classes"))
+        parts.append(records)
+    records, found = np.concatenate(parts), read_bytes([folder], meta)
+    names = found[1].decode(errors="replace").split() if found else []
+    if len(names) != classes:
+        names = [str(k) for k in range(classes)]
+    return Split(records[:, head:].reshape(-1, 3, 32, 32), records[:, head - 1], None, names)
 
 
 # ---------------------------------------------------------------------------- folders of images
@@ -404,157 +438,156 @@ class Picture(NamedTuple):
     """One image file of a set."""
 
     file: str  # relative to the set's folder
-    split: str | None  # train or test; None: to be split 80/20
+    split: str  # train or test
     label: str | None
-    group: str | None  # source picture or patient; None: on its own
+    group: str | None = None  # source picture or patient; None: on its own
 
 
 LeftOut = dict[str, list[str]]  # reason -> files
-
-
-@lru_cache
-def suffixes() -> frozenset[str]:
-    """Suffixes of the files that Pillow decodes: .png, .jpg, .jfif, .webp, ..."""
-    known = Image.registered_extensions()
-    return frozenset(s for s, f in known.items() if f in Image.OPEN and f not in NO_PICTURES)
+Found = tuple[Split, Split, LeftOut]  # train, test
 
 
 def is_image(file: str) -> bool:
     """Does the name end like that of an image, in any case?"""
-    return os.path.splitext(file)[1].lower() in suffixes()
+    return os.path.splitext(file)[1].lower() in SUFFIXES
 
 
 def split_80_20(pictures: list[Picture]) -> list[Picture]:
     """Deterministic 80/20 split: in each class, the fifth of the files with the smallest name hash
     is the test set. Without classes nothing is probed, so these train as well."""
 
-    def name_hash(picture: Picture) -> bytes:
-        return hashlib.sha256(picture.file.split("/")[-1].encode()).digest()
-
     by_class = defaultdict(list)
-    for picture in sorted(pictures, key=name_hash):
+    for picture in pictures:
         by_class[picture.label].append(picture)
     result = []
     for label, members in by_class.items():
+        members.sort(key=lambda p: hashlib.sha256(os.fsencode(p.file.split("/")[-1])).digest())
         fifth = max(len(members) // 5, int(len(members) > 1))
         result += [p._replace(split="test") for p in members[:fifth]]
-        result += [p._replace(split="train") for p in (members[fifth:] if label else members)]
+        result += members[fifth:] if label else members
     return result
 
 
 def list_own(files: list[str], left_out: LeftOut) -> list[Picture]:
     """The pictures of a user's folder; adds what is not used to left_out, by reason."""
     has_train = any(file.split("/")[0].lower() in TRAIN for file in files if "/" in file)
-    by_split: dict[str, list[Picture]] = defaultdict(list)
+    splits: dict[str, list[Picture]] = {split: [] for split in ("train", *HELD)}
     for file in files:
         *folders, _ = file.split("/")
-        split = folders.pop(0).lower() if has_train and folders else ""
+        split = "train"
+        if has_train:
+            split = folders.pop(0).lower() if folders else ""
+        split = "train" if split in TRAIN else split
         if not is_image(file):
             left_out["of an unread suffix"].append(file)
-        elif has_train and split not in TRAIN + HELD:
+        elif split not in splits:
             left_out["outside train and test"].append(file)
         elif len(folders) > 1:
             left_out["too deep"].append(file)
         else:
-            split = "train" if split in ("", *TRAIN) else split
-            by_split[split].append(Picture(file, split, folders[0] if folders else None, None))
-    labelled = len({p.label for p in by_split["train"]} - {None}) > 1
-    for split, pictures in by_split.items():
-        if not labelled:  # one folder is no class
-            by_split[split] = [p._replace(label=None) for p in pictures]
-            continue
-        by_split[split] = [p for p in pictures if p.label]
-        loose = [p.file for p in pictures if not p.label]
-        if loose:
-            left_out["without a class folder"] += loose
-    train = by_split.pop("train")
-    held = next((split for split in HELD if by_split.get(split)), None)
-    if held is None:
-        return split_80_20(train)
-    for split, pictures in by_split.items():
-        if split != held and pictures:
-            left_out[f"in {split}, a third split"] += [p.file for p in pictures]
-    return train + [p._replace(split="test") for p in by_split[held]]
+            splits[split].append(Picture(file, "train", folders[0] if folders else None))
+    labelled = len({p.label for p in splits["train"]} - {None}) > 1  # one folder is no class
+    for split, pictures in splits.items():
+        if labelled:
+            left_out["without a class folder"] += [p.file for p in pictures if not p.label]
+            splits[split] = [p for p in pictures if p.label]
+        else:
+            splits[split] = [p._replace(label=None) for p in pictures]
+    held = [split for split in HELD if splits[split]]
+    for split in held[1:]:
+        left_out[f"in {split}, a third split"] += [p.file for p in splits[split]]
+    if held:
+        pictures = splits["train"] + [p._replace(split="test") for p in splits[held[0]]]
+    else:
+        pictures = split_80_20(splits["train"])
+    return sorted(pictures, key=lambda p: (p.label or "", p.file))
+
+
+def match(pattern: str, files: list[str]) -> tuple[str, list[re.Match]]:
+    """(root, matches): the files whose whole path matches. Kaggle's archives hold some sets twice:
+    those with the shortest root count."""
+    found = [m for m in (re.fullmatch(pattern, file, re.IGNORECASE) for file in files) if m]
+    root = min((m["root"] or "" for m in found), key=len, default="")
+    return root, [m for m in found if (m["root"] or "") == root]
 
 
 def list_named(name: str, folder: Path, files: list[str], left_out: LeftOut) -> list[Picture]:
     """The pictures of tiny-imagenet, bccd or oct2017; adds other images to left_out."""
     files = [file for file in files if is_image(file)]
-    matches = match(PATTERNS[name], files)
+    root, matches = match(PATTERNS[name], files)
+    pictures = []
+    for m in matches:
+        split = "train" if m["split"].lower() == "train" else "test"
+        pictures.append(Picture(m.string, split, m["label"], m.groupdict().get("group")))
+    if name == "tiny-imagenet":
+        pictures = label_val_images(folder / root / "val/val_annotations.txt", pictures)
     if name == "bccd" and not matches:
-        pictures = list_bccd_originals(folder, match(BCCD_ORIGINALS, files))
-    else:
-        pictures = []
-        for m in matches:
-            split = "train" if m["split"].lower() == "train" else "test"
-            pictures.append(Picture(m.string, split, m["label"], m.groupdict().get("group")))
-    if name == "tiny-imagenet" and pictures:
-        notes = folder / f"{matches[0]['root'] or ''}val/val_annotations.txt"
-        lines = notes.read_text().splitlines() if notes.is_file() else []
-        labels = dict(line.split("\t")[:2] for line in lines if "\t" in line)
-        known = {p.label for p in pictures if p.split == "train"}
-        labelled = [p.label or labels.get(p.file.split("/")[-1]) for p in pictures]
-        pictures = [p._replace(label=x) for p, x in zip(pictures, labelled) if x in known]
-    used = {p.file for p in pictures}
-    for file in files:
-        if file not in used:
-            unused = next((part for part in file.split("/") if part.lower() in HELD), None)
-            reason = f"in {unused}, a third split" if unused and not matches else "not of the set"
-            left_out[reason].append(file)
-    return pictures
+        root, originals = match(BCCD_ORIGINALS, files)
+        pictures = label_bccd_originals(folder / root / "labels.csv", originals)
+    used, splits = {p.file for p in pictures}, {m["split"].lower() for m in matches}
+    for file in (file for file in files if file not in used):
+        third = [part for part in file.lower().split("/") if part in HELD and part not in splits]
+        left_out[f"in {third[0]}, a third split" if third else "not of the set"].append(file)
+    order = {wnid: k for k, wnid in enumerate(read_lines(folder / root / "wnids.txt"))}
+    return sorted(pictures, key=lambda p: (order.get(p.label, 0), p.label or "", p.file))
 
 
-def match(pattern: str, files: list[str]) -> list[re.Match]:
-    """The files whose whole path matches. Kaggle's archives hold some sets twice: those with the
-    shortest root count."""
-    found = [m for m in (re.fullmatch(pattern, file, re.IGNORECASE) for file in files) if m]
-    root = min((m["root"] or "" for m in found), key=len, default="")
-    return [m for m in found if (m["root"] or "") == root]
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file; none where it is not there."""
+    return path.read_text(errors="replace").splitlines() if path.is_file() else []
 
 
-def list_bccd_originals(folder: Path, matches: list[re.Match]) -> list[Picture]:
-    """The originals: rows of labels.csv with a picture and exactly one of the four classes."""
-    table = folder / f"{matches[0]['root'] or ''}labels.csv" if matches else folder
-    if not table.is_file():
-        return []
+def label_val_images(notes: Path, pictures: list[Picture]) -> list[Picture]:
+    """Tiny-ImageNet's pictures, those of val/images with their class of val_annotations.txt; only
+    of classes that train has."""
+    labels = dict(line.split("\t")[:2] for line in read_lines(notes) if "\t" in line)
+    known = {p.label for p in pictures if p.split == "train"}
+    labelled = [p._replace(label=p.label or labels.get(Path(p.file).name)) for p in pictures]
+    return [p for p in labelled if p.label in known]
+
+
+def label_bccd_originals(table: Path, matches: list[re.Match]) -> list[Picture]:
+    """BCCD's originals: rows of labels.csv with a picture and exactly one of the four classes."""
     try:
-        with table.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["Category"]]
+        rows = [row for row in csv.DictReader(read_lines(table)) if row["Category"]]
         labels = {int(row["Image"]): row["Category"].strip() for row in rows}
-    except (KeyError, ValueError, TypeError) as error:
-        fail(f"{table} is damaged (Image, Category expected: {error}): get it again")
-    pictures = [Picture(m.string, None, labels.get(int(m["number"])), None) for m in matches]
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        fail(damage(table, f"Image, Category expected: {error}"))
+    pictures = [Picture(m.string, "train", labels.get(int(m["number"]))) for m in matches]
     return split_80_20([p for p in pictures if p.label in BCCD_CLASSES])
 
 
-def read_folder(name: str, folder: Path) -> tuple[Split, Split, LeftOut] | None:
-    """Both splits of a folder of images, undecoded, and the files left out; None where there is
-    no image.
+def describe(left_out: LeftOut) -> str:
+    """ "; left out: 3 too deep (a/b/c/1.png)": how many files, with the first as example."""
+    parts = [f"{len(files):,} {why} ({files[0]})" for why, files in left_out.items() if files]
+    return f"; left out: {', '.join(parts)}" if parts else ""
+
+
+def read_folder(name: str, folder: Path) -> Found | None:
+    """Both splits of a folder of images, undecoded, and the files left out; None where a named set
+    is not there.
 
     Groups (source pictures, patients) are numbered over both splits, classes by name (those of
-    tiny-imagenet in the order of wnids.txt). A class of test that train lacks is an error.
+    tiny-imagenet in the order of wnids.txt). Exits where a user's folder has no image, where a
+    split has none, and where test has a class that train lacks.
     """
-    if not folder.is_dir():
-        return None
-    left_out, files = defaultdict(list), sorted(list_files(folder))
+    left_out, files = defaultdict(list), list(list_files(folder)) if folder.is_dir() else []
     if name in SETS:
         pictures = list_named(name, folder, files, left_out)
+        if not pictures:
+            return None
     else:
+        if not folder.is_dir():
+            fail(f"{name!r} is no folder of images and none of {', '.join(SETS)}")
         pictures = list_own(files, left_out)
-    if not pictures:
-        return None
-    order = {}
-    if name == "tiny-imagenet":
-        root = folder / re.sub(r"(train|val)/.*", "", pictures[0].file)
-        wnids = (root / "wnids.txt").read_text().split() if (root / "wnids.txt").exists() else []
-        order = {wnid: k for k, wnid in enumerate(wnids)}
-    pictures = sorted(pictures, key=lambda p: (order.get(p.label, 0), p.label or "", p.file))
+        if not pictures:
+            fail(f"no images in {name}{describe(left_out)}: the layouts are at the top of data.py")
     classes = list(dict.fromkeys(p.label for p in pictures if p.label and p.split == "train"))
-    unknown = {p.label for p in pictures if p.label} - set(classes)
+    unknown = sorted({p.label for p in pictures if p.label} - set(classes))
     if unknown:
-        names = ", ".join(sorted(unknown))
+        names = ", ".join(unknown)
         fail(f"{folder}: test has classes that train ({', '.join(classes)}) lacks: {names}")
-    groups = np.unique([p.group or "" for p in pictures], return_inverse=True)[1]
+    numbers = np.unique([p.group or "" for p in pictures], return_inverse=True)[1]
     splits = []
     for split in ("train", "test"):
         mine = [k for k, p in enumerate(pictures) if p.split == split]
@@ -562,50 +595,40 @@ def read_folder(name: str, folder: Path) -> tuple[Split, Split, LeftOut] | None:
             fail(f"{folder} has no {split} images of {name}: the layouts are at the top of data.py")
         paths = [folder / pictures[k].file for k in mine]
         labels = np.array([classes.index(pictures[k].label) for k in mine]) if classes else None
-        grouped = groups[mine] if pictures[0].group else None
-        splits.append(Split(paths, labels, grouped, classes, paths))
+        groups = numbers[mine] if pictures[0].group else None
+        splits.append(Split(paths, labels, groups, classes))
     return *splits, left_out
 
 
-def open_set(name: str, data_dir: Path) -> tuple[Split, Split, LeftOut]:
+def read_set(name: str, folder: Path) -> Found | None:
+    """A named set as it lies in its folder now; None where it, or a part of it, is not there."""
+    if name == "mnist":
+        folders = [folder, folder.with_name("MNIST")]  # where torchvision puts it
+        both = [read_mnist(folders, split) for split in ("train", "test")]
+    elif name in ("cifar10", "cifar100"):
+        both = [read_cifar(name, folder, split) for split in ("train", "test")]
+    else:
+        return read_folder(name, folder)
+    return None if None in both else (*both, {})
+
+
+def open_set(name: str, data_dir: Path) -> Found:
     """Both splits of any set, undecoded, and the files left out; downloads and unpacks what has to
     be. Exits where the set is not found."""
     if name == "glyphs":
         return draw_glyphs("train"), draw_glyphs("test"), {}
-    folder = data_dir / name if name in SETS else Path(name)
-    folders = [folder, data_dir / "MNIST"]  # where torchvision puts it
-
-    def read() -> tuple[Split, Split, LeftOut] | None:
-        """The set as it lies there now."""
-        if name == "mnist":
-            both = [read_mnist(folders, split) for split in ("train", "test")]
-        elif name in ("cifar10", "cifar100"):
-            both = [read_cifar(name, [folder], split) for split in ("train", "test")]
-        else:
-            return read_folder(name, folder)
-        return None if None in both else (*both, {})
-
-    found = read()
-    if found is None and name in SETS:
-        unpack(folder)
-        found = read()
-    if found is None and name in DOWNLOADS:
-        download(name, folder)
-        unpack(folder)
-        found = read()
-    if found is None and name in SETS:
-        what = BY_HAND.get(name) or f"{', '.join(DOWNLOADS[name][1])} from {DOWNLOADS[name][0][0]}"
-        fail(f"{name} is not in {folder}: put {what} there; or `python train.py` needs no data")
-    if found is None:
-        fail(f"no images in {name}: the layouts are at the top of data.py")
-    return found
+    if name not in SETS:
+        return read_folder(name, Path(name))
+    folder = data_dir / name
+    found = read_set(name, folder)
+    for step in (unpack, download, unpack):
+        if found is None:
+            step(name, folder)
+            found = read_set(name, folder)
+    return found or not_there(name, folder)
 
 
 # ---------------------------------------------------------------------------- decode
-
-
-class Unreadable(Exception):
-    """One line: which file, why, and the way out."""
 
 
 def read_picture(path: Path) -> tuple[Image.Image, int | None, bool]:
@@ -620,10 +643,12 @@ def read_picture(path: Path) -> tuple[Image.Image, int | None, bool]:
             image = ImageOps.exif_transpose(file)
     except Image.DecompressionBombError:
         raise Unreadable(f"{path} is too large to decode: shrink it") from None
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise nearly anything
-        if getattr(error, "errno", None):  # no permission, a lost disk: nothing is wrong with it
-            raise
-        raise Unreadable(f"{path} is damaged ({error}): delete it or get it again") from None
+        if getattr(error, "errno", None) in DISK:  # no permission, a lost disk
+            raise Unreadable(f"{path} cannot be read: {error.strerror}") from None
+        raise Unreadable(damage(path, error)) from None
     brightest = None
     if image.mode == "F":
         raise Unreadable(f"{path} has floating-point pixels, whose range is unknown: save 8 bits")
@@ -648,8 +673,9 @@ def fit(image: Image.Image, size: int, channels: int) -> np.ndarray:
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 
-def decode(split: Split, size: int, channels: int, what: str) -> Iterator[np.ndarray]:
-    """Yield each image of a split as uint8 (C, S, S), in order; then say what was odd."""
+def decode(items: list, size: int, channels: int, what: str) -> Iterator[np.ndarray]:
+    """Yield each item, a path or uint8 (C, h, w), as uint8 (C, S, S), in order; then say what was
+    odd. Raises Unreadable."""
     deep, pages = [], 0
 
     def one(item: Path | np.ndarray) -> tuple[np.ndarray, int | None, bool]:
@@ -659,12 +685,11 @@ def decode(split: Split, size: int, channels: int, what: str) -> Iterator[np.nda
         pixels = item[0] if len(item) == 1 else item.transpose(1, 2, 0)
         return fit(Image.fromarray(pixels), size, channels), None, False
 
-    blocks = [split.images[k : k + 256] for k in range(0, len(split.images), 256)]
-    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, about odd metadata
-        run = pool.map if isinstance(split.images, list) else map  # threads pay for real decoding
+    blocks = [items[k : k + 256] for k in range(0, len(items), 256)]  # bounds the memory
+    with ThreadPoolExecutor() as pool:
+        run = pool.map if isinstance(items[0], Path) else map  # threads pay for real decoding
         results = (result for block in blocks for result in run(one, block))
-        for result in progress(results, f"decoding {what}", len(split.images), "images"):
+        for result in progress(results, f"decoding {what}", len(items), "images"):
             pixels, brightest, several = result
             yield pixels
             pages += several
@@ -679,18 +704,19 @@ def decode(split: Split, size: int, channels: int, what: str) -> Iterator[np.nda
         print(f"{what}: {pages:,} files have several pages or frames, of which the first is read")
 
 
-def decode_once(split: Split, size: int, channels: int, what: str, cache: Path) -> np.ndarray:
+def decode_once(items: list, size: int, channels: int, what: str, cache: Path) -> np.ndarray:
     """Decode and keep as .npy, uint8 (N, C, S, S), memory-mapped. The file's name has a hash of the
     images' names, sizes and modification times, so changed files are decoded again. Where the
-    cache cannot be written, into memory."""
-    shape = (len(split.images), channels, size, size)
+    cache cannot be written, into memory. Raises Unreadable."""
+    shape = (len(items), channels, size, size)
     key = hashlib.sha256(repr((shape, PIL.__version__)).encode())
-    if isinstance(split.images, np.ndarray):
-        key.update(np.ascontiguousarray(split.images).data)
-    for file in split.files:
-        stat = file.stat()
-        key.update(repr((str(file.resolve()), stat.st_size, stat.st_mtime_ns)).encode())
-    path = cache / f"{what.replace(' ', '-')}-{size}-{key.hexdigest()[:16]}.npy"
+    for item in items:
+        if isinstance(item, Path):
+            stat = item.stat()
+            key.update(repr((str(item.absolute()), stat.st_size, stat.st_mtime_ns)).encode())
+        else:
+            key.update(item.tobytes())
+    path = cache / f"{what}-{size}-{key.hexdigest()[:16]}.npy"
     try:
         kept = np.load(path, mmap_mode="r")
         if kept.shape == shape and kept.dtype == np.uint8:
@@ -702,20 +728,15 @@ def decode_once(split: Split, size: int, channels: int, what: str, cache: Path) 
         with temporary.open("wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
-            for pixels in decode(split, size, channels, what):
+            for pixels in decode(items, size, channels, what):
                 file.write(pixels.tobytes())
 
     try:
         replace_file(path, write, private_name(path))
         return np.load(path, mmap_mode="r")
-    except Unreadable as error:
-        fail(str(error))
     except OSError as error:
         print(f"no cache in {cache} ({error}): decoding into memory", file=sys.stderr)
-    try:
-        return np.stack(list(decode(split, size, channels, what)))
-    except Unreadable as error:
-        fail(str(error))
+        return np.stack(list(decode(items, size, channels, what)))
 
 
 def sample(labels: np.ndarray | None, n: int, limit: int, seed: int) -> np.ndarray:
@@ -730,36 +751,33 @@ def sample(labels: np.ndarray | None, n: int, limit: int, seed: int) -> np.ndarr
 
 
 def load(
-    name: str, size: int, channels: int, data_dir: Path, limit: int = 0, seed: int = 0
+    name: str, size: int, channels: int, data_dir: str | Path, limit: int = 0, seed: int = 0
 ) -> tuple[Split, Split]:
     """The training and the test images of a set as uint8 (N, C, S, S), resized and converted; says
     what there is and what was left out.
 
-    limit > 0 takes that many of each, a seeded sample as equal over the classes as can be.
+    limit > 0 takes that many of each, a seeded sample as equal over the classes as can be. Exits
+    where the set is not there or damaged.
     """
-    *splits, left_out = open_set(name, data_dir)
-    label, classes = Path(name).name or "folder", len(splits[0].class_names)
+    *splits, left_out = open_set(name, Path(data_dir))
+    label, classes = Path(name).resolve().name, len(splits[0].class_names)
     counts = " + ".join(f"{len(split.images):,}" for split in splits)
     line = f"{label}: {counts} images (train + test), {classes or 'no'} classes"
-    if left_out:
-        parts = [f"{len(files):,} {why} ({files[0]})" for why, files in left_out.items()]
-        line += f"; left out: {', '.join(parts)}"
-    print(line, flush=True)
+    print(line + describe(left_out), flush=True)
     if 0 < limit < classes:
         print(f"--limit {limit} is below the {classes} classes: some have no image")
+    chosen = [sample(split.labels, len(split.images), limit, seed) for split in splits]
+    items = [split.images[k] for split, index in zip(splits, chosen) for k in index]
+    try:
+        images = decode_once(items, size, channels, label, Path(data_dir, "cache"))
+    except Unreadable as error:
+        fail(str(error))
+    parts = images[: len(chosen[0])], images[len(chosen[0]) :]
     loaded = []
-    for kind, split in zip(("train", "test"), splits):
-        chosen = sample(split.labels, len(split.images), limit, seed)
-        if isinstance(split.images, list):
-            images = [split.images[k] for k in chosen]
-            split = replace(split, images=images, files=images)
-        elif limit:
-            split = replace(split, images=split.images[chosen])
-        images = decode_once(split, size, channels, f"{label} {kind}", data_dir / "cache")
-        labels, groups = (
-            None if x is None else x[chosen].astype(np.int64) for x in (split.labels, split.groups)
-        )
-        loaded.append(replace(split, images=images, labels=labels, groups=groups))
+    for split, index, part in zip(splits, chosen, parts):
+        labels = None if split.labels is None else split.labels[index].astype(np.int64)
+        groups = None if split.groups is None else split.groups[index].astype(np.int64)
+        loaded.append(Split(part, labels, groups, split.class_names))
     return tuple(loaded)
 
 
@@ -768,19 +786,11 @@ def set_facts(name: str) -> Facts:
     its row is that of the median shorter side of a hundred images. Exits where it has none."""
     if name in SETS:
         return SETS[name]
-    found = read_folder(name, Path(name))
-    if not Path(name).is_dir():
-        fail(f"{name!r} is no folder of images and none of {', '.join(SETS)}")
-    if found is None:
-        fail(f"no images in {name}: the layouts are at the top of data.py")
-    paths, sides = found[0].files, []
-    for path in paths[:: max(1, len(paths) // 100)]:
-        try:
-            with Image.open(path) as image:  # reads no more than the header
-                sides.append(min(image.size))
-        except Exception as error:
-            fail(f"{path} is damaged ({error}): delete it or get it again")
-    row = next((row for row in (32, 64) if np.median(sides) <= row), 256)
+    paths, sides = read_folder(name, Path(name))[0].images, []
+    for path in paths[:: -(-len(paths) // 100)]:
+        with suppress(Exception), Image.open(path) as image:  # `load` names the damaged ones
+            sides.append(min(image.size))
+    row = next((row for row in (32, 64) if sides and np.median(sides) <= row), 256)
     return Facts(3, row, True)
 
 

@@ -12,17 +12,18 @@ stands here as `oracle`. Floors stand beside the result: raw pixels, and encoder
 
 probe.json holds the standard sweep: rows [{t, top1, top5, held_out, knn}] (top5 null for 10 classes
 or fewer), chosen_t, test_top1, oracle_t, oracle_top1, floors {pixels, untrained, random}, n_train,
-n_test, protocol, name. Accuracies in percent. Any flag of the protocol unlike its default puts its
-name and value into the file's: probe-t-400.json.
+n_test, protocol, name. Accuracies are in percent. Any flag of the protocol unlike its default puts
+its name and value into the file's: probe-t-400.json.
 
-Shapes: N images, B batch, V = 1024, K classes, H heads.
+Shapes: N training and M test images, B batch, V = 1024, K classes, H heads.
 """
 
 import argparse
 import json
 import math
+import re
 import zipfile
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import fail, load, mix_seed, progress, replace_file, to_float
+from data import Split, fail, load, mix_seed, progress, replace_file, to_float
 from diffusion import T
 from train import (
     AMP,
@@ -46,14 +47,17 @@ from train import (
     pick_amp,
     pick_device,
     positive,
+    read_config,
     whole,
 )
 
 TIMES = [*range(0, T, 100), T - 1]  # Sec. A.2: "11 times at intervals of 100 ... from 0 to 999"
-WEIGHT_DECAY, BATCH, EPOCHS, WARMUP = 0.05, 256, 100, 10  # of the heads (Sec. A.2)
+WEIGHT_DECAY, EPOCHS, WARMUP = 0.05, 100, 10  # of the heads (Sec. A.2); warm-up in epochs
+BATCH = 256  # of the heads; the paper does not say
 FEW = 5_000  # with fewer training images one tenth is too small a sample to choose t by
 PIXELS = 32  # raw pixels are compared at 32 x 32 at most: 256 x 256 are 196,608 weights a class
 NEIGHBOURS = 20
+BLOCK = 250  # images encoded at once
 FLOORS = ("untrained", "random")
 
 # ---------------------------------------------------------------------------- features
@@ -63,24 +67,30 @@ FLOORS = ("untrained", "random")
 def encode(
     encoder: nn.Module, images: np.ndarray, t: int, device: torch.device, what: str
 ) -> Tensor:
-    """v_t of uint8 images (N, C, H, W) -> (N, V) in half precision, on the device. The encoder is
-    in eval mode: no dropout, and nothing of it changes."""
+    """v_t of uint8 images (N, C, H, W) -> (N, V) in half precision, on the device; `what` names
+    them in the progress line. The encoder is in eval mode: no dropout, and nothing of it changes.
+    """
     encoder = encoder.to(device).eval()
-    amp, parts = pick_amp("auto", device), []
-    blocks, what = range(0, len(images), 250), f"encoding {what}"
-    for first in progress(blocks, what, len(images), "images", lambda: 250 * len(parts)):
-        x0 = to_float(torch.from_numpy(np.array(images[first : first + 250])).to(device))
+    amp = pick_amp("auto", device)
+    parts = []
+    blocks = range(0, len(images), BLOCK)
+    for first in progress(
+        blocks, f"encoding {what}", len(images), "images", lambda: BLOCK * len(parts)
+    ):
+        block = np.array(images[first : first + BLOCK])  # a copy: torch wants no read-only memory
+        x0 = to_float(torch.from_numpy(block).to(device))
+        times = torch.full((len(x0),), t, device=device)
         with torch.autocast(device.type, AMP[amp], enabled=amp != "off"):
-            parts.append(encoder(x0, torch.full((len(x0),), t, device=device)).half())
+            parts.append(encoder(x0, times).half())
     return torch.cat(parts)
 
 
 def raw_pixels(images: np.ndarray) -> Tensor:
-    """The floor of no network: pixels (N, C, H, W) -> (N, C * h * w) in half precision, averaged to
-    32 x 32 if they are larger."""
+    """The floor of no network: uint8 (N, C, H, W) -> (N, C * h * w) in half precision, h x w being
+    32 x 32 by averaging where the images are larger."""
     parts = []
-    for first in range(0, len(images), 1000):
-        x = to_float(torch.from_numpy(np.array(images[first : first + 1000])))
+    for first in range(0, len(images), BLOCK):
+        x = to_float(torch.from_numpy(np.array(images[first : first + BLOCK])))
         if x.shape[2] > PIXELS:
             x = F.interpolate(x, (PIXELS, PIXELS), mode="area")
         parts.append(x.flatten(1).half())
@@ -88,25 +98,27 @@ def raw_pixels(images: np.ndarray) -> Tensor:
 
 
 def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Both (N, V) lose the training mean and are divided by the training std, the batch norm of
-    MAE's probe. A constant feature becomes 0, not 0 / 0."""
-    x = train.float()
-    mean, std = x.mean(0), x.std(0, correction=0)
+    """Subtract the training mean and divide by the training std, as the batch norm of MAE's probe
+    does: (N, V), (M, V) -> the same shapes in half precision. A constant feature becomes 0."""
+    mean, std = train.float().mean(0), train.float().std(0, correction=0)
     std = torch.where(std > 1e-6, std, 1.0)
-    return ((x - mean) / std).half(), ((test.float() - mean) / std).half()
+    # Where training images hardly differ, a test image may lie beyond half precision.
+    largest = torch.finfo(torch.half).max
+    both = [((x.float() - mean) / std).clamp(-largest, largest).half() for x in (train, test)]
+    return both[0], both[1]
 
 
 # ---------------------------------------------------------------------------- heads
 
 
-def make_folds(n: int, groups: np.ndarray | None, seed: int = 0) -> np.ndarray:
-    """Fold of each training image (n,): 0 .. F - 1 are held out in turn, -1 never.
+def make_folds(n: int, groups: np.ndarray | None) -> np.ndarray:
+    """Fold of each training image, int64 (n,): 0 .. F - 1 are held out in turn, -1 never.
 
     From 5,000 images on F = 1, one tenth; below, F = 5 and every image is held out once. Images of
     one group (a patient, a source picture) are never apart.
     """
     unit = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
-    order = np.random.default_rng(mix_seed(seed, 1)).permutation(unit.max() + 1)
+    order = np.random.default_rng(mix_seed(0, 1)).permutation(unit.max() + 1)
     share = order[unit] / (unit.max() + 1)  # in [0, 1)
     if n >= FEW:
         return np.where(share < 0.1, 0, -1)
@@ -137,8 +149,9 @@ def train_heads(
         layer.weight.copy_(0.01 * torch.randn(layer.weight.shape, generator=generator))
         layer.bias.zero_()
     optimizer = torch.optim.AdamW(layer.parameters(), peak, weight_decay=WEIGHT_DECAY, fused=True)
+
     unseen = folds[:, None] == torch.arange(-1, heads - 1, device=x.device)  # (N, H)
-    unseen[:, 0] = False
+    unseen[:, 0] = False  # head 0 sees images of no fold, -1, as well
     targets = torch.where(unseen, -100, y[:, None])  # (N, H)
     batch = min(BATCH, n)
     steps = n // batch  # an epoch; the rest of a permutation is dropped, so every batch is full
@@ -150,51 +163,49 @@ def train_heads(
             rate = learning_rate(epoch * steps + step, total, warmup, peak)
             optimizer.param_groups[0]["lr"] = rate
             logits = layer(x[index].float()).view(batch, heads, classes)
-            loss = F.cross_entropy(
-                logits.transpose(1, 2), targets[index], reduction="none"
-            )  # (B, H)
-            loss = loss.sum(0) / (targets[index] >= 0).sum(0).clamp(min=1)  # (H,)
+            target = targets[index]  # (B, H)
+            loss = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")  # (B, H)
+            loss = loss.sum(0) / (target >= 0).sum(0).clamp(min=1)  # (H,)
             optimizer.zero_grad()
             loss.sum().backward()
             optimizer.step()
-    return layer
+    return layer.requires_grad_(False)
 
 
-@torch.no_grad()
 def evaluate(
     train: Tensor, test: Tensor, labels: list[Tensor], folds: Tensor, protocol: dict[str, Any]
 ) -> dict[str, float | None]:
-    """Train the heads on features (N, V) and score them: {top1, top5 (None up to 10 classes),
-    held_out} in percent. A tie is no hit: the first of the largest scores is the guess."""
+    """Train the heads on features (N, V), score them on (M, V) and on the folds that they did not
+    see: {top1, top5 (None up to 10 classes), held_out} in percent. Of equal scores the first class
+    is the guess, so features without information give chance."""
     y_train, y_test = labels
     classes = protocol["classes"]
-    with torch.enable_grad():
-        layer = train_heads(train, y_train, folds, classes, protocol["epochs"], protocol["lr"])
+    layer = train_heads(train, y_train, folds, classes, protocol["epochs"], protocol["lr"])
     scores = layer(test.float())[:, :classes]  # (M, K) of head 0
     top5 = None
     if classes > 10:
         hits = (scores.topk(5, dim=1).indices == y_test[:, None]).any(1)
         top5 = 100 * hits.double().mean().item()
-    held = (folds >= 0).nonzero()[:, 0]
-    guesses = torch.cat([layer(part.float()) for part in train[held].split(5000)])  # (n, H * K)
-    guesses = guesses.view(len(held), -1, classes).argmax(2)  # (n, H)
-    guesses = guesses.gather(1, folds[held, None] + 1)[:, 0]  # of the head that did not see it
+    held = (folds >= 0).nonzero()[:, 0]  # (n,)
+    logits = torch.cat([layer(part.float()) for part in train[held].split(5000)])  # (n, H * K)
+    guesses = logits.view(len(held), -1, classes).argmax(2)  # (n, H)
+    unseen = guesses.gather(1, folds[held, None] + 1)[:, 0]  # (n,), of the head that leaves it out
     return {
         "top1": 100 * (scores.argmax(1) == y_test).double().mean().item(),
         "top5": top5,
-        "held_out": 100 * (guesses == y_train[held]).double().mean().item(),
+        "held_out": 100 * (unseen == y_train[held]).double().mean().item(),
     }
 
 
-@torch.no_grad()
 def knn(train: Tensor, test: Tensor, labels: list[Tensor], classes: int) -> float:
     """Percent of test images (M, V) whose 20 nearest training images (N, V), by cosine, vote for
     their class; of equal votes the lowest class wins."""
     y_train, y_test = labels
-    train, hits = F.normalize(train.float(), dim=1), 0
+    train = F.normalize(train.float(), dim=1)
+    hits = 0
     for x, y in zip(test.split(1000), y_test.split(1000)):
         cosine = F.normalize(x.float(), dim=1) @ train.T  # (1000, N)
-        near = cosine.topk(min(NEIGHBOURS, len(train)), dim=1).indices
+        near = cosine.topk(min(NEIGHBOURS, len(train)), dim=1).indices  # (1000, 20)
         votes = F.one_hot(y_train[near], classes).sum(1)  # (1000, K)
         hits += (votes.argmax(1) == y).sum().item()
     return 100 * hits / len(y_test)
@@ -203,8 +214,10 @@ def knn(train: Tensor, test: Tensor, labels: list[Tensor], classes: int) -> floa
 def wilson(percent: float, n: int) -> tuple[float, float]:
     """Wilson's 95% interval, in percent, of an accuracy measured on n images."""
     p, z = percent / 100, 1.96
-    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return 100 * (centre - spread) / (1 + z * z / n), 100 * (centre + spread) / (1 + z * z / n)
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = (100 * edge / (1 + z * z / n) for edge in (centre - spread, centre + spread))
+    return max(0.0, low), min(100.0, high)
 
 
 # ---------------------------------------------------------------------------- the probe
@@ -215,15 +228,14 @@ def choose(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
     return max(rows, key=lambda row: (row[key], -row["t"]))
 
 
-def untrained_encoder(
-    settings: dict[str, Any], random: bool, build: Callable[[dict], nn.Module] = build_dier
-) -> nn.Module:
+def untrained_encoder(settings: dict[str, Any], random: bool) -> nn.Module:
     """An encoder that was never trained. At initialisation the last convolution of each residual
     branch is zero, so its branches are off; `random` re-initialises those too."""
     torch.manual_seed(settings["seed"])
-    encoder = build(settings).encoder
-    for layer in encoder.zero_initialised() if random else ():
-        layer.reset_parameters()
+    encoder = build_dier(settings).encoder
+    if random:
+        for layer in encoder.zero_initialised():
+            layer.reset_parameters()
     return encoder
 
 
@@ -231,7 +243,7 @@ def probe(
     encoder: nn.Module,
     floors: dict[str, nn.Module],
     times: list[int],
-    splits: tuple,
+    splits: tuple[Split, Split],
     device: torch.device,
     protocol: dict[str, Any],
     export: Path | None = None,
@@ -239,43 +251,43 @@ def probe(
     """The whole protocol for an encoder (B, C, H, W), (B,) -> (B, V) and for the floors, at each of
     the times; prints a row as soon as it is known. Returns what probe.json holds.
 
-    With `export`, v_t goes there as well, as an .npz: x_train_T (N, V) and x_test_T (M, V) in half
-    precision for each time T, y_train, y_test.
+    `protocol` has norm, epochs, lr and classes. With `export`, v_t is written there as well, as an
+    .npz: x_train_T (N, V) and x_test_T (M, V) in half precision for each time T, y_train, y_test.
     """
-    images = [split.images for split in splits]
     labels = [torch.from_numpy(split.labels).to(device) for split in splits]
     folds = torch.from_numpy(make_folds(len(labels[0]), splits[0].groups)).to(device)
-    rows, classes = [], protocol["classes"]
+    classes = protocol["classes"]
 
     def features(encoder: nn.Module, t: int, what: str) -> list[Tensor]:
-        """v_t of the training and the test images."""
-        kinds = zip(images, ("train", "test"))
-        return [encode(encoder, x, t, device, f"{what} of {kind}") for x, kind in kinds]
+        """v_t of the training and of the test images."""
+        kinds = zip(splits, ("train", "test"))
+        return [encode(encoder, x.images, t, device, f"{what} of {kind}") for x, kind in kinds]
 
-    def score(both: list[Tensor]) -> dict[str, Any]:
-        """A row without its t."""
-        both = standardise(*both) if protocol["norm"] == "std" else both
-        row = evaluate(*both, labels, folds, protocol)
-        return {**row, "knn": knn(*both, labels, classes)}
+    def score(train: Tensor, test: Tensor) -> dict[str, Any]:
+        """What a row says of features (N, V) and (M, V)."""
+        if protocol["norm"] == "std":
+            train, test = standardise(train, test)
+        row = evaluate(train, test, labels, folds, protocol)
+        return {**row, "knn": knn(train, test, labels, classes)}
 
+    rows = []
     print(f"\n   t  held-out   top-1{'   top-5' if classes > 10 else ''}     kNN", flush=True)
-    archive = zipfile.ZipFile(export, "w") if export else None
-    for t in times:
-        both = features(encoder, t, f"v_{t}")
+    with zipfile.ZipFile(export, "w") if export else nullcontext() as archive:
+        for t in times:
+            train, test = features(encoder, t, f"v_{t}")
+            if archive:
+                write_arrays(archive, {f"x_train_{t}": train, f"x_test_{t}": test})
+            row = {"t": t, **score(train, test)}
+            rows.append(row)
+            numbers = (row["held_out"], row["top1"], row["top5"], row["knn"])
+            print(f"{t:>4}  " + "".join(f"{x:8.2f}" for x in numbers if x is not None), flush=True)
         if archive:
-            write_arrays(archive, {f"x_train_{t}": both[0], f"x_test_{t}": both[1]})
-        row = {"t": t, **score(both)}
-        rows.append(row)
-        five = f"{row['top5']:8.2f}" if classes > 10 else ""
-        numbers = f"{row['held_out']:8.2f}{row['top1']:8.2f}{five}{row['knn']:8.2f}"
-        print(f"{t:>4}  {numbers}", flush=True)
-    if archive:
-        write_arrays(archive, {"y_train": labels[0], "y_test": labels[1]})
-        archive.close()
+            write_arrays(archive, {"y_train": labels[0], "y_test": labels[1]})
+
     chosen, oracle = choose(rows, "held_out"), choose(rows, "top1")
-    scores = {"pixels": score([raw_pixels(x).to(device) for x in images])["top1"]}
+    scores = {"pixels": score(*(raw_pixels(split.images).to(device) for split in splits))["top1"]}
     for kind, floor in floors.items():
-        scores[kind] = score(features(floor, chosen["t"], kind))["top1"]
+        scores[kind] = score(*features(floor, chosen["t"], kind))["top1"]
     return {
         "rows": rows,
         "chosen_t": chosen["t"],
@@ -297,27 +309,27 @@ def write_arrays(archive: zipfile.ZipFile, arrays: dict[str, Tensor]) -> None:
 
 
 def print_summary(result: dict[str, Any]) -> None:
-    """The choice, the oracle, the floors, the protocol."""
-    n, best, p = result["n_test"], result["test_top1"], result["protocol"]
-    low, high = wilson(best, n)
+    """Print the choice of t, the oracle, the floors and the protocol of what `probe` returns."""
+    n_train, n_test, p = result["n_train"], result["n_test"], result["protocol"]
+    top1 = result["test_top1"]
+    low, high = wilson(top1, n_test)
     several = len(result["rows"]) > 1
     which = "chosen by held-out training images" if several else "given"
     print(
-        f"\nt = {result['chosen_t']} ({which}): test top-1 {best:.2f}%, 95% interval {low:.2f} to "
-        f"{high:.2f} ({n:,} test images)"
+        f"\nt = {result['chosen_t']} ({which}): test top-1 {top1:.2f}%, 95% interval {low:.2f} to "
+        f"{high:.2f} ({n_test:,} test images)"
     )
     if several:
         print(
             f"oracle: t = {result['oracle_t']} is best on the test set, as the paper reports: "
             f"{result['oracle_top1']:.2f}%"
         )
-    print("floors: " + ", ".join(f"{kind} {top1:.2f}" for kind, top1 in result["floors"].items()))
-    held = "a tenth" if result["n_train"] >= FEW else "5-fold"
+    print("floors: " + ", ".join(f"{kind} {value:.2f}" for kind, value in result["floors"].items()))
     print(
         f"protocol: {p['weights']} weights at step {p['step']:,}, norm {p['norm']}, AdamW lr "
-        f"{p['lr']:g}, decay {WEIGHT_DECAY}, batch {min(BATCH, result['n_train'])},\n"
+        f"{p['lr']:g}, decay {WEIGHT_DECAY}, batch {min(BATCH, n_train)},\n"
         f"  {p['epochs']} epochs (warm-up {min(WARMUP, p['epochs'])}, then linear to 0), "
-        f"{result['n_train']:,} training images, held-out {held}"
+        f"{n_train:,} training images, held-out {'a tenth' if n_train >= FEW else '5-fold'}"
     )
 
 
@@ -328,7 +340,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Every flag, with its unit and default."""
     p = Parser(__doc__)
     add = p.add_argument
-    add("--t", type=parse_times, help="times in 0..999, such as 400 or 100,400 (0, 100, ..., 999)")
+    times = "times in 0..999, such as 400 or 100,400 (0, 100, ..., 900, 999)"
+    add("--t", type=parse_times, help=times)
     add("--name", help="the run in runs/NAME (the newest)")
     add("--data", help="another set than the run's: transfer")
     add("--data-dir", help="sets live here (the run's)")
@@ -338,13 +351,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=whole, help="epochs of the heads (100)")
     add("--lr", type=positive, help="peak learning rate (2 x the paper's: 2e-4 or 2e-5)")
     add("--limit", type=count, help="N training and N test images, equal over classes (0 = all)")
-    add("--device", help="auto, cpu, cuda (auto)")
+    add("--device", help="auto, cpu, cuda, cuda:1 (auto: cuda if any)")
     add("--export", metavar="FILE.npz", help="save v_t as well: x_train_400, ..., y_train, y_test")
     return p
 
 
 def parse_times(text: str) -> list[int]:
-    """ "100,400" -> [100, 400]."""
+    """The times of --t, sorted: "400,100" -> [100, 400]; argparse's error outside 0..999."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) < T for part in parts):
         raise argparse.ArgumentTypeError(f"{text}: give whole numbers in 0..{T - 1}, as in 100,400")
@@ -356,9 +369,9 @@ def result_path(folder: Path, typed: dict[str, Any], standard: dict[str, Any]) -
     words = ["probe"]
     for key in ("t", "data", "limit", "norm", "epochs", "lr", "weights"):
         if key in typed and typed[key] != standard[key]:
-            value = typed[key]
-            text = "-".join(map(str, value)) if key == "t" else Path(str(value)).name
-            words += [key, text]
+            value = "-".join(map(str, typed[key])) if key == "t" else str(typed[key])
+            value = re.sub(r"[^\w.-]+", "_", value)  # slashes: a/set and b/set are two sets
+            words += [key, value]
     return folder / ("-".join(words) + ".json")
 
 
@@ -366,8 +379,13 @@ def main(argv: list[str] | None = None) -> None:
     """Find the run, probe it, print and write the result."""
     typed = vars(build_parser().parse_args(argv))
     folder = find_run(typed.pop("name", None))
-    weights = typed.get("weights", "ema")
-    model, saved = load_model(folder, weights=weights)
+    method = read_config(folder).get("method", "dier")
+    if method != "dier":
+        fail(f"{folder} is a run of {method}: appendix.baselines probes it")
+    export = Path(typed["export"]) if "export" in typed else None
+    if export and export.is_dir():
+        fail(f"--export {export} is a folder: name a file, such as {export / 'v.npz'}")
+    model, saved = load_model(folder, weights=typed.get("weights", "ema"))
     settings, device = saved["settings"], pick_device(typed.get("device", "auto"))
     standard = {
         "t": TIMES,
@@ -379,24 +397,25 @@ def main(argv: list[str] | None = None) -> None:
         "weights": "ema",
     }
     protocol = {key: typed.get(key, value) for key, value in standard.items()}
-    times = protocol.pop("t")
-    data_dir = Path(typed.get("data_dir", settings["data_dir"]))
+    times, name, limit = protocol.pop("t"), protocol["data"], protocol["limit"]
     print(f"{folder}, step {saved['step']:,}, {device}")
-    splits = load(
-        protocol["data"], settings["size"], settings["channels"], data_dir, protocol["limit"]
-    )
+    data_dir = Path(typed.get("data_dir", settings["data_dir"]))
+    splits = load(name, settings["size"], settings["channels"], data_dir, limit)
     classes = len(splits[0].class_names)
     if classes < 2:
-        fail(f"{protocol['data']} has no classes, and a probe needs two: lay it out as CLASS/*")
+        fail(f"{name} has no classes, and a probe needs two: lay it out as CLASS/*")
     protocol |= {"classes": classes, "step": saved["step"]}
-    floors = {name: untrained_encoder(settings, name == "random") for name in FLOORS}
-    arguments = (model.encoder, floors, times, splits, device, protocol)
+    floors = {kind: untrained_encoder(settings, kind == "random") for kind in FLOORS}
+
     result = {"name": str(folder.relative_to(RUNS))}
-    if "export" in typed:
-        path = Path(typed["export"])
-        replace_file(path, lambda to: result.update(probe(*arguments, export=to)))
+
+    def run(to: Path | None = None) -> None:
+        result.update(probe(model.encoder, floors, times, splits, device, protocol, to))
+
+    if export:
+        replace_file(export, run)
     else:
-        result |= probe(*arguments)
+        run()
     print_summary(result)
     path = result_path(folder, typed, standard)
     replace_file(path, lambda to: to.write_text(json.dumps(result, indent=1) + "\n"))

@@ -22,6 +22,7 @@ Shapes: B batch, C channels, H W pixels.
 
 import argparse
 import copy
+import errno
 import json
 import math
 import os
@@ -254,12 +255,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
+def run_folder(name: str) -> Path:
+    """runs/NAME; exits where that would not be a folder below runs/."""
+    if not Path(name).name or Path(name).is_absolute() or ".." in Path(name).parts:
+        fail(f"--name {name}: give the name of a folder in {RUNS}/")
+    return RUNS / name
+
+
 def find_run(name: str | None = None) -> Path:
     """runs/NAME, else the DiER run whose checkpoint was written last; exits where there is none."""
     if name is not None:
-        if not (RUNS / name / "checkpoint.pt").exists():
-            fail(f"no checkpoint in {RUNS / name}: start with python train.py --name {name}")
-        return RUNS / name
+        folder = run_folder(name)
+        if not (folder / "checkpoint.pt").exists():
+            fail(f"no checkpoint in {folder}: start with python train.py --name {name}")
+        return folder
     folders = [path.parent for path in RUNS.glob("*/checkpoint.pt")]
     folders = [folder for folder in folders if read_config(folder).get("method") == "dier"]
     if not folders:
@@ -299,12 +308,17 @@ def load_model(
     """The module of a run with its "ema" or "raw" weights, in eval mode, and its checkpoint."""
     saved = read_checkpoint(folder)
     model = (build or build_dier)(saved["settings"])
-    try:
-        model.load_state_dict(saved[weights])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:100]
-        fail(f"{folder}/checkpoint.pt holds weights of other sizes than its settings ({reason})")
+    restore(model, saved[weights])
     return model.eval(), saved
+
+
+def restore(part: Any, state: dict[str, Any]) -> None:
+    """part.load_state_dict(state); exits where a checkpoint's weights have other sizes."""
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:100]
+        fail(f"the checkpoint does not fit its own settings ({reason}): train anew")
 
 
 def build_dier(settings: dict[str, Any]) -> DiER:
@@ -361,7 +375,9 @@ def make_parts(
     scaler = torch.amp.GradScaler(device.type, enabled=settings["amp"] == "fp16")
     parts = {"raw": net, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     for name, part in parts.items() if saved else ():
-        part.load_state_dict(saved[name])
+        restore(part, saved[name])
+    if settings["compile"]:
+        net.compile()
     return parts
 
 
@@ -431,7 +447,14 @@ def show_row(row: dict[str, Any], last: int, left: str) -> None:
 def save(folder: Path, parts: dict[str, Any], counters: dict[str, Any]) -> None:
     """Write checkpoint.pt, whole or not at all: the state of each part, and the counters."""
     state = {name: part.state_dict() for name, part in parts.items()} | counters
-    replace_file(folder / "checkpoint.pt", lambda path: torch.save(state, path))
+
+    def write(path: Path) -> None:
+        try:
+            torch.save(state, path)
+        except RuntimeError:  # torch's own writer says nothing that helps
+            raise OSError(errno.ENOSPC, "cannot be written: is the disk full?", str(path)) from None
+
+    replace_file(folder / "checkpoint.pt", write)
 
 
 @torch.no_grad()
@@ -498,12 +521,11 @@ def train(
         step, row_step, log_size = saved["step"], saved["row_step"], saved["log_size"]
         earlier, sums = saved["seconds"], saved["sums"].to(device)
     params, ema_params = list(net.parameters()), list(ema.parameters())
-    if settings["compile"]:
-        net.compile()
-    model = net if size == 1 else DistributedDataParallel(net, broadcast_buffers=False)
+    model = net if size == 1 else DistributedDataParallel(net)
 
     last, limit = math.ceil(settings["epochs"] * len(images) / batch), 60 * settings["minutes"]
-    shape, part = (batch, *images.shape[1:]), my_part(batch)
+    shape, share = (batch, *images.shape[1:]), batch // size
+    part = slice(rank * share, (rank + 1) * share)  # of the batch, for this process
     log, first, stop, stops = open_log(folder, log_size, rank), step, False, []
     start = row_time = drawn_at = time.monotonic()
     saved_at = told_at = -math.inf
@@ -587,12 +609,6 @@ def ranks() -> tuple[int, int, int]:
     return tuple(int(os.environ.get(name, alone)) for name, alone in names.items())
 
 
-def my_part(n: int) -> slice:
-    """This process's share of n things; n is a multiple of the number of processes."""
-    rank, size, _ = ranks()
-    return slice(rank * n // size, (rank + 1) * n // size)
-
-
 def join_processes(device: str) -> None:
     """Meet the other processes of torchrun: NCCL between GPUs, gloo on CPUs. Each GPU process uses
     the GPU of its number on this machine; rank 0 alone prints."""
@@ -602,7 +618,11 @@ def join_processes(device: str) -> None:
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1))
+    # torchrun's store keeps the addresses of dead processes over a restart: a prefix hides them.
+    hour, restarts = timedelta(hours=1), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(restarts, next(dist.rendezvous("env://", timeout=hour))[0])
+    where = {"store": store, "rank": rank, "world_size": size, "timeout": hour}
+    dist.init_process_group("nccl" if gpu else "gloo", **where)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, stays open to the end
 
@@ -624,24 +644,6 @@ def restarted(folder: Path) -> bool:
     return answer[0]
 
 
-def load_once(settings: dict[str, Any]) -> tuple[data.Split, data.Split]:
-    """Both splits of the run's set; the first process of each machine downloads and decodes."""
-    _, size, local = ranks()
-    if size > 1 and local:
-        dist.barrier()
-    splits = data.load(
-        settings["data"],
-        settings["size"],
-        settings["channels"],
-        Path(settings["data_dir"]),
-        settings["limit"],
-        settings["seed"],
-    )
-    if size > 1 and not local:
-        dist.barrier()
-    return splits
-
-
 def guard(main: Callable[[], None]) -> None:
     """Run a command's main: what can go wrong outside the program becomes one line, status 2."""
     for stream in (sys.stdout, sys.stderr):
@@ -659,8 +661,6 @@ def guard(main: Callable[[], None]) -> None:
         text = str(error).splitlines()[0] if str(error) else "out of memory"
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
             fail(f"out of memory ({text[:80]}): try --accum 2 or more, or a smaller --batch-size")
-        if "PytorchStreamWriter" in text:
-            fail("a checkpoint could not be written: is the disk full? The last good one stays")
         if dist.is_initialized() and ("gloo" in text or "NCCL" in text):
             fail(f"another process ended ({text[:80]}); the last checkpoint stays")
         raise
@@ -673,7 +673,7 @@ def main(argv: list[str] | None = None) -> None:
     join_processes(typed.get("device", "auto"))
     if name is None and "data" in typed:
         name = Path(typed["data"]).resolve().name
-    folder = find_run(name) if resume else RUNS / (name or DEFAULTS["data"])
+    folder = find_run(name) if resume else run_folder(name or DEFAULTS["data"])
     saved = read_checkpoint(folder) if resume or restarted(folder) else None
     if saved:
         if saved["settings"]["method"] != "dier":
@@ -701,7 +701,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(settings: dict[str, Any], folder: Path, saved: dict[str, Any] | None) -> None:
     """Load the data, train, say what comes next. Exits where a resumed run's data is another."""
-    split, _ = load_once(settings)  # the test images too: the probe must not fail in half an hour
+    _, size, local = ranks()
+    if local:  # the first process of each machine downloads and decodes, the others wait
+        dist.barrier()
+    keys = ("data", "size", "channels", "data_dir", "limit", "seed")
+    split, _ = data.load(*(settings[key] for key in keys))  # and the test images, for the probe
+    if size > 1 and not local:
+        dist.barrier()
     found = {"images": len(split.images), "class_names": split.class_names}
     known = {key: settings.get(key, value) for key, value in found.items()}
     if found != known:
@@ -723,7 +729,8 @@ def run(settings: dict[str, Any], folder: Path, saved: dict[str, Any] | None) ->
     if stopped:
         print(f"stopped at step {step:,}: python train.py --name {name} --resume goes on")
         raise SystemExit(128 + stopped)
-    named = "" if folder == find_run() else f" --name {name}"
+    newest = folder.parent == RUNS and folder == find_run()
+    named = "" if newest else f" --name {name}"
     t = " --t 400" if settings["data"] == "glyphs" else ""
     seen = step * settings["batch_size"]
     print(

@@ -1,0 +1,296 @@
+"""What a training step costs, and how that compares with the same step written plainly.
+
+    python -m appendix.bench                            the cpu preset on mnist's shapes
+    python -m appendix.bench --preset paper --data cifar10 --batch-size 8
+    python -m appendix.bench --amp off --json bench.json
+
+Pixels are random, so no data set is needed. The program is train.py's loop as it is used: data,
+step, rows of the log, checkpoints; its own log gives the times. The plain reference is
+tests/reference.py in fp32. Both run in processes of their own and take turns, so that a noisy
+machine disturbs both alike. Memory is what a process peaked at minus what it had after its imports
+(on CUDA the allocator's peak). A speed is the median of its samples, with the quartiles as spread,
+and a share of the best matrix product of the same dtype (MFU), measured in the same run.
+
+--json FILE holds preset, data, size, batch_size, device, amp, threads, torch, parameters,
+flops_per_image; program and reference, each {images_per_s, quartile_1, quartile_3, samples,
+peak_bytes, mfu}; ratio_images_per_s and ratio_peak_memory (program / reference); peak_flops.
+
+Shapes: B batch, C channels, S pixels of a side.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import train
+from appendix.baselines import flops_per_image
+from data import SETS, batch_index, fail, get_batch, on_device, progress, replace_file
+from model import PRESETS
+from tests.reference import PlainDiER, PlainTraining
+from train import ROW_STEPS
+
+TURNS, SECONDS = 5, 2.5  # turns of each side, and about how long one is
+WARMUP = 3  # steps of a turn that do not count: first calls, and a checkpoint after the first
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# ---------------------------------------------------------------------------- the two sides
+
+
+def random_pixels(settings: dict[str, Any]) -> np.ndarray:
+    """Four batches of uint8 images (4 B, C, S, S)."""
+    shape = (4 * settings["batch_size"], settings["channels"], settings["size"], settings["size"])
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+class Program:
+    """train.py's loop on random pixels; each turn trains on, as a run that begins anew."""
+
+    def __init__(self, settings: dict[str, Any], folder: Path):
+        self.settings, self.folder = settings, folder
+        self.net, self.pixels = train.build_dier(settings), random_pixels(settings)
+
+    def turn(self, n: int) -> list[float]:
+        """Seconds a step, from n rows of the log.
+
+        On a CPU these are rows of one step each. On CUDA such a row makes the host wait for the
+        device, so only rows 20 steps apart show the loop's speed; and the first of these began with
+        an idle device, so that it took the host less time than the device.
+        """
+        warmup, each = WARMUP, 1
+        if torch.device(self.settings["device"]).type == "cuda":
+            warmup, each = 2 * ROW_STEPS, ROW_STEPS
+        epochs = (warmup + each * n) / 4  # one has four batches
+        settings = {**self.settings, "epochs": epochs}
+        train.train(self.net, train.dier_loss, self.pixels, settings, self.folder)
+        rows = map(json.loads, (self.folder / "log.jsonl").read_text().splitlines())
+        batch = settings["batch_size"]
+        return [batch / row["images_per_s"] for row in rows if row["step"] > warmup]
+
+
+class Reference:
+    """The same steps written plainly."""
+
+    def __init__(self, settings: dict[str, Any], folder: Path):
+        self.settings, self.device = settings, torch.device(settings["device"])
+        self.pixels = on_device(random_pixels(settings), self.device)
+        net = PlainDiER(train.model_config(settings)).to(self.device).train()
+        self.training = PlainTraining(net, settings["lr"], settings["ema"], settings["clip"])
+
+    def step(self) -> None:
+        """One step; its loss is read, so it waits for the device."""
+        n, batch = self.training.step, self.settings["batch_size"]
+        t, flips, eps = train.draw(0, n, (batch, *self.pixels.shape[1:]), self.device)
+        index = batch_index(len(self.pixels), n, batch, 0, self.pixels.device)
+        flips = flips if self.settings["flip"] else None
+        self.training(get_batch(self.pixels, index, self.device, flips), t, eps)
+
+    def turn(self, n: int) -> list[float]:
+        """Seconds of each of n steps after a warm-up."""
+        times = []
+        for _ in range(WARMUP + n):
+            start = time.perf_counter()
+            self.step()
+            times.append(time.perf_counter() - start)
+        return times[WARMUP:]
+
+
+# ---------------------------------------------------------------------------- measuring
+
+
+def memory(line: str) -> int:
+    """Bytes of this process: "VmRSS" has it now, "VmHWM" had it at most. Where there is no /proc
+    the peak stands for both."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split(f"{line}:")[1].split()[0]) * 1024
+    except OSError:
+        import resource  # Unix alone has it
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def work(pipe: Connection, side: type, settings: dict[str, Any], folder: Path, threads: int):
+    """A process of its own: takes a turn of n whenever told n; at 0 tells its memory and ends."""
+    torch.set_num_threads(threads)
+    before = memory("VmRSS")
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        runner = side(settings, folder)
+        for n in iter(pipe.recv, 0):
+            pipe.send(runner.turn(n))
+    on_gpu = torch.device(settings["device"]).type == "cuda"
+    pipe.send(torch.cuda.max_memory_allocated() if on_gpu else memory("VmHWM") - before)
+
+
+def guarded_work(*args: Any) -> None:
+    """`work`, with errors of one line."""
+    train.guard(partial(work, *args))
+
+
+def ask(pipe: Connection, process: BaseProcess, n: int) -> Any:
+    """Tell a process n and wait for its answer; exits where it has died."""
+    try:
+        pipe.send(n)
+        return pipe.recv()
+    except (EOFError, OSError):
+        process.join()
+    if process.exitcode == 2:  # it has said why
+        raise SystemExit(2)
+    fail("a measuring process was killed (out of memory?): try a smaller --batch-size")
+
+
+def take_turns(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Measure both sides -> {side: {"times": seconds a step, "peak": bytes}}."""
+    context, workers = multiprocessing.get_context("spawn"), {}
+    result: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for side in (Program, Reference):
+                pipe, far = context.Pipe()
+                args = (far, side, settings, Path(folder), torch.get_num_threads())
+                process = context.Process(target=guarded_work, args=args)
+                process.start()
+                far.close()
+                workers[side.__name__.lower()] = (pipe, process)
+            # The first turn warms up caches, allocators and --compile, and tells the pace.
+            counts = {}
+            for side, worker in workers.items():
+                seconds = statistics.median(ask(*worker, 2))
+                counts[side] = max(1, min(ROW_STEPS - WARMUP, round(SECONDS / seconds)))
+                result[side] = {"times": []}
+            for _ in progress(range(TURNS), "measuring", TURNS, "turns"):
+                for side, worker in workers.items():
+                    result[side]["times"] += ask(*worker, counts[side])
+            for side, worker in workers.items():
+                result[side]["peak"] = ask(*worker, 0)
+        finally:
+            for _, process in workers.values():
+                process.kill()
+                process.join()
+    return result
+
+
+def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating point operations a second of the largest square product that takes under 50 ms."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as in train.py
+    best, side, spent = 0.0, 128, 0.0
+    while spent < 0.05 and side <= 8192:
+        a = torch.randn(side, side, device=device).to(dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            (a @ a)[0, 0].item()  # waits for the device
+            times.append(time.perf_counter() - start)
+            if times[-1] > 1:  # emulated
+                break
+        spent = min(times)
+        best, side = max(best, 2 * side**3 / spent), 2 * side
+    return best
+
+
+# ---------------------------------------------------------------------------- the report
+
+
+def speed(times: list[float], batch: int) -> dict[str, float]:
+    """Median and quartiles of images a second, from seconds a step."""
+    low, middle, high = (batch / q for q in reversed(statistics.quantiles(times, n=4)))
+    return {"images_per_s": middle, "quartile_1": low, "quartile_3": high, "samples": len(times)}
+
+
+def compare(settings: dict[str, Any]) -> dict[str, Any]:
+    """Everything about one preset: the program beside the plain reference."""
+    keys = ("preset", "data", "size", "batch_size", "device", "amp")
+    result = {key: settings[key] for key in keys}
+    result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    with torch.device("meta"):
+        parts = train.build_dier(settings).named_children()
+        counts = {part: sum(p.numel() for p in net.parameters()) for part, net in parts}
+    flops = flops_per_image("dier", settings)
+    result |= {"parameters": counts, "flops_per_image": flops}
+    sides, device = take_turns(settings), torch.device(settings["device"])
+    peaks = {name: matrix_peak(dtype, device) for name, dtype in PRECISIONS.items()}
+    for side, precision in precisions(settings["amp"]).items():
+        row = speed(sides[side]["times"], settings["batch_size"])
+        share = flops * row["images_per_s"] / peaks[precision]
+        result[side] = {**row, "peak_bytes": sides[side]["peak"], "mfu": share}
+    for ratio, key in (("images_per_s", "images_per_s"), ("peak_memory", "peak_bytes")):
+        result[f"ratio_{ratio}"] = result["program"][key] / result["reference"][key]
+    return {**result, "peak_flops": peaks}
+
+
+def precisions(amp: str) -> dict[str, str]:
+    """What each side multiplies in."""
+    return {"program": "fp32" if amp == "off" else amp, "reference": "fp32"}
+
+
+def print_report(r: dict[str, Any]) -> None:
+    """The report as a person reads it."""
+    dit, encoder = r["parameters"]["dit"], r["parameters"]["encoder"]
+    print(
+        f"preset {r['preset']}, {r['data']} at {r['size']} px, batch {r['batch_size']}, "
+        f"{r['device']} ({r['threads']} threads), torch {r['torch']}\n"
+        f"parameters      {dit + encoder:,} (encoder {encoder:,}, DiT {dit:,})\n"
+        f"FLOPs an image  {r['flops_per_image'] / 1e6:,.1f} M, forward and backward"
+    )
+    for side, precision in precisions(r["amp"]).items():
+        row = r[side]
+        print(
+            f"{side:15} {row['images_per_s']:,.1f} images/s in {precision} (quartiles "
+            f"{row['quartile_1']:,.1f} to {row['quartile_3']:,.1f}, {row['samples']} samples), "
+            f"{row['mfu']:.0%} of the best product; peak memory {row['peak_bytes'] / 2**20:,.0f} "
+            "MiB"
+        )
+    peaks = ", ".join(f"{name} {peak / 1e9:,.1f}" for name, peak in r["peak_flops"].items())
+    print(
+        f"ratio           {r['ratio_images_per_s']:.2f} x the images/s at "
+        f"{r['ratio_peak_memory']:.2f} x the peak memory of the plain reference\n"
+        f"best product    {peaks} GFLOP/s"
+    )
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def build_parser() -> train.Parser:
+    """Every flag, with its unit and default."""
+    p = train.Parser(__doc__, prog="python -m appendix.bench")
+    p.add_argument("--data", choices=SETS, help="whose shapes (mnist)")
+    preset = "paper: Table 4; cpu: minutes on two cores (auto: paper with CUDA, else cpu)"
+    p.add_argument("--preset", choices=["auto", *PRESETS], help=preset)
+    p.add_argument("--batch-size", type=train.whole, help="images a step (the preset's)")
+    amp = "precision of the program; the reference is fp32 (auto)"
+    p.add_argument("--amp", choices=["auto", *train.AMP], help=amp)
+    p.add_argument("--device", help="auto, cpu, cuda (auto)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the program (off)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, write."""
+    typed = vars(build_parser().parse_args(argv))
+    path = typed.pop("json", None)
+    result = compare(train.resolve({"data": "mnist", **typed}))
+    print_report(result)
+    if path:
+        text = json.dumps(result, indent=1) + "\n"
+        replace_file(path, lambda to: to.write_text(text))
+        print(f"saved: {path}")
+
+
+if __name__ == "__main__":
+    train.guard(main)

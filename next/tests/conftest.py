@@ -1,0 +1,61 @@
+"""A set of tiny images on disk, and the smallest model that trains on it in a second."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+# 8 x 8 pixels, 16 tokens, an encoder of two levels
+TINY = "--size 8 --patch 2 --hidden 16 --depth 1 --heads 2 --base 8 --mult 1 2 --attention 4"
+TINY = [*TINY.split(), "--enc-heads", "2", "--device", "cpu", "--amp", "off"]
+
+
+def write_folder(folder: Path, per_class: int = 20, classes: int = 2) -> Path:
+    """train/CLASS/*.png and test/CLASS/*.png: class k is bright in its own quarter."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for k in range(classes):
+            (folder / split / f"class{k}").mkdir(parents=True)
+            for i in range(per_class):
+                image = rng.integers(0, 60, (8, 8))
+                image[4 * (k % 2) :][:4, 4 * (k // 2) :][:, :4] += 150
+                name = folder / split / f"class{k}" / f"{i:02}.png"
+                Image.fromarray(image.astype(np.uint8)).save(name)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of images named `set` in an empty current directory."""
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "set")
+    return "set"
+
+
+def script(*args: str, cwd: Path, **kw) -> subprocess.CompletedProcess:
+    """Run one of the project's scripts as a user would, on one thread."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / args[0]), *args[1:]]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, **kw)
+
+
+def fails(capsys, function, *args) -> str:
+    """The one line with which a command ends with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function(*args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and len(error.splitlines()) == 1, error
+    return error
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tiny tensors gain nothing from threads, and results must not depend on their number."""
+    torch.set_num_threads(1)

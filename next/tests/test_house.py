@@ -1,0 +1,177 @@
+"""The house: which files there are, who imports whom, what every function and flag must have, and
+that names and commands in README.md exist."""
+
+import ast
+import importlib
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+TOP = ["data", "diffusion", "model", "train", "probe"]
+MAY_IMPORT = {  # of our own modules; those of the appendix may import all of them
+    "data": set(),
+    "diffusion": set(),
+    "model": set(),
+    "train": {"data", "diffusion", "model"},
+    "probe": {"data", "diffusion", "model", "train"},
+}
+SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("appendix/*.py")]
+TESTS = list(ROOT.glob("tests/*.py"))
+LONGEST, LONGEST_LOOP = 60, 100  # lines of a function, and of train.train
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+COMMANDS = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in SOURCES
+    if '__name__ == "__main__"' in path.read_text()
+]
+README = ROOT / "README.md"
+needs_readme = pytest.mark.skipif(not README.exists(), reason="README.md is not written yet")
+
+
+def parse(path):
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text())
+
+
+def imports(path):
+    """The names of the modules that a file imports anywhere, up to the first dot."""
+    for node in ast.walk(parse(path)):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names.append("appendix" if node.level else node.module)
+        yield from (name.split(".")[0] for name in names)
+
+
+def functions(node, prefix=""):
+    """(name, node) of all functions below a node; methods and inner functions as OUTER.NAME."""
+    for child in ast.iter_child_nodes(node):
+        named = isinstance(child, (*FUNCTION, ast.ClassDef))
+        if isinstance(child, FUNCTION):
+            yield prefix + child.name, child
+        yield from functions(child, f"{prefix}{child.name}." if named else prefix)
+
+
+# ---------------------------------------------------------------------------- files and imports
+
+
+def test_there_are_five_modules_at_the_top_and_no_sixth():
+    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(TOP)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_imports_go_one_way_and_need_only_torch_numpy_and_pillow(path):
+    own = MAY_IMPORT[path.stem] if path.parent == ROOT else {*TOP, "appendix"}
+    if path.name == "bench.py":
+        own = own | {"tests"}  # the plain networks of tests/reference.py are its yardstick
+    allowed = {"torch", "numpy", "PIL", *sys.stdlib_module_names} | own
+    assert set(imports(path)) <= allowed
+
+
+# ---------------------------------------------------------------------------- functions and flags
+
+
+@pytest.mark.parametrize("path", SOURCES + TESTS, ids=lambda path: path.stem)
+def test_no_function_is_longer_than_a_screen(path):
+    for name, node in functions(parse(path)):
+        lines = node.end_lineno - node.lineno + 1
+        loop = path == ROOT / "train.py" and name == "train"
+        assert lines <= (LONGEST_LOOP if loop else LONGEST), f"{name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_every_public_function_has_a_docstring(path):
+    """Longer than five lines; the docstring of a class serves its __init__ and forward, and an
+    inner function is not public."""
+    tree = parse(path)
+    assert ast.get_docstring(tree) or not tree.body
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    for owner in (tree, *classes):
+        for node in owner.body:
+            public = isinstance(node, (*FUNCTION, ast.ClassDef)) and not node.name.startswith("_")
+            if public and node.name != "forward" and node.end_lineno - node.lineno >= 5:
+                assert ast.get_docstring(node), node.name
+
+
+@pytest.mark.parametrize("path", SOURCES + TESTS, ids=lambda path: path.stem)
+def test_only_tables_are_laid_out_by_hand(path):
+    """A table stands between off and on; in tests it may end in skip: a list, or parametrize."""
+    off, on, skip = (f"# fmt: {word}" for word in ("off", "on", "skip"))
+    text = path.read_text()
+    literals = ast.List, ast.Tuple, ast.Dict, ast.Set
+    tables = {n.end_lineno for n in ast.walk(parse(path)) if isinstance(n, literals)}
+    tables |= {d.end_lineno for _, node in functions(parse(path)) for d in node.decorator_list}
+    skipped = {k for k, line in enumerate(text.splitlines(), 1) if skip in line}
+    assert skipped <= (tables if path in TESTS else set())
+    for block in text.split(off)[1:]:
+        table, end, _ = block.partition(on)
+        assert end and not re.search(r"^\s*(def|class|if|for|with) ", table, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_has_help(command):
+    parser = importlib.import_module(command).build_parser()
+    assert parser.format_help()  # a lone % in a text would raise
+    for action in parser._actions:
+        assert action.help and len(action.help) > 5, action.option_strings
+
+
+# ---------------------------------------------------------------------------- commands in texts
+
+
+def commands(text):
+    """(script, [argument, ...]) of each command in a text: it ends at two spaces, a comment, or
+    what the shell reads."""
+    text = re.sub(r" *\\\n *", " ", text).replace("$set", "mnist")
+    script = r"(?:python3? (?:-m )?|torchrun (?:-\S+ )*)((?:train|probe)\.py|appendix\.\w+)"
+    for match in re.finditer(rf"{script}((?: [^\s`#;|&>]+)*)", text):
+        yield match[1].removesuffix(".py"), match[2].split()
+
+
+def check_commands(text):
+    """Let the parsers read every command of a text; returns the scripts."""
+    found = list(commands(text))
+    for script, arguments in found:
+        importlib.import_module(script).build_parser().parse_args(arguments)
+    return {script for script, _ in found}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_at_the_top_of_a_script_are_understood(command):
+    assert command in check_commands(importlib.import_module(command).__doc__)
+
+
+@needs_readme
+def test_commands_of_the_readme_are_understood():
+    text = README.read_text()
+    code = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.M))
+    assert check_commands("\n".join(code)) >= {"train", "probe"}
+    check_commands("\n".join(spans))
+
+
+@needs_readme
+def test_flags_of_the_readme_exist():
+    parsers = [importlib.import_module(command).build_parser() for command in COMMANDS]
+    known = {flag for p in parsers for action in p._actions for flag in action.option_strings}
+    text = re.sub(r"torchrun (?:-\S+ )*", "", README.read_text().replace("\\\n", " "))
+    lines = [line for line in text.splitlines() if not re.search(r"\b(pip|git|ruff) ", line)]
+    flags = re.findall(r"(?<![\w-])--[a-z][\w-]+", "\n".join(lines))
+    unknown = set(flags) - known - {"--nproc_per_node", "--max-restarts"}  # of torchrun
+    assert flags and not unknown
+
+
+@needs_readme
+def test_each_equation_of_the_readme_has_a_function_and_a_test():
+    text = README.read_text()
+    row = r"^\|.*`((?:appendix/)?\w+\.py):([\w.]+)`.*`(tests/test_\w+\.py)::(\w+)`"
+    rows = re.findall(row, text, re.MULTILINE)
+    assert len(rows) >= 15
+    header = re.search(r"^\|.*\bfunction\b.*\btest\b.*\|\n\|[-| :]+\|\n((?:\|.*\n)+)", text, re.M)
+    assert header[1].count("\n") == len(rows)  # every row of the table was understood
+    for source, function in re.findall(r"`((?:appendix/|tests/)?\w+\.py)::?([\w.]+)`", text):
+        tree = parse(ROOT / source)
+        names = {name for name, _ in functions(tree)}
+        names |= {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+        assert function in names, f"{source}:{function}"
