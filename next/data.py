@@ -208,7 +208,7 @@ class Split:
 
 
 class Unreadable(Exception):
-    """One line: which file or address cannot be read, why, and maybe the way out."""
+    """One line: which file cannot be read, why, and the way out."""
 
 
 def damage(path: Path, reason: object) -> str:
@@ -275,7 +275,7 @@ def fetch(url: str, md5: str, path: Path) -> None:
         raise OSError(f"its md5 is {digest.hexdigest()}, not {md5}")
 
 
-def unpack(name: str, folder: Path) -> None:
+def unpack(folder: Path) -> None:
     """Unpack each archive in a set's folder once, NAME.zip into NAME/, which appears only when it
     is whole. tarfile's `filter="data"` and zipfile keep every member inside that folder."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -621,9 +621,9 @@ def open_set(name: str, data_dir: Path) -> Found:
         return read_folder(name, Path(name))
     folder = data_dir / name
     found = read_set(name, folder)
-    for step in (unpack, download, unpack):
+    for step in (unpack, partial(download, name), unpack):
         if found is None:
-            step(name, folder)
+            step(folder)
             found = read_set(name, folder)
     return found or not_there(name, folder)
 

@@ -656,13 +656,14 @@ def guard(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + 13) from None
     except OSError as error:
-        fail(f"{error.filename or 'file'}: {error.strerror or error}")
+        fail(f"{error.filename or 'cannot write'}: {error.strerror or error}")
     except (RuntimeError, MemoryError) as error:
-        text = str(error).splitlines()[0] if str(error) else "out of memory"
+        text = (str(error).splitlines() or ["out of memory"])[0][:80]
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
-            fail(f"out of memory ({text[:80]}): try --accum 2 or more, or a smaller --batch-size")
+            os.environ["LOCAL_RANK"] = "0"  # whichever process it is, it says so
+            fail(f"out of memory ({text}): try --accum 2 or more, or a smaller --batch-size")
         if dist.is_initialized() and ("gloo" in text or "NCCL" in text):
-            fail(f"another process ended ({text[:80]}); the last checkpoint stays")
+            fail(f"another process ended ({text}); the last checkpoint stays")
         raise
 
 
@@ -671,9 +672,9 @@ def main(argv: list[str] | None = None) -> None:
     typed = vars(build_parser().parse_args(argv))
     name, resume, dry_run = (typed.pop(key, None) for key in ("name", "resume", "dry_run"))
     join_processes(typed.get("device", "auto"))
-    if name is None and "data" in typed:
-        name = Path(typed["data"]).resolve().name
-    folder = find_run(name) if resume else run_folder(name or DEFAULTS["data"])
+    if name is None and ("data" in typed or not resume):
+        name = Path(typed.get("data", DEFAULTS["data"])).resolve().name
+    folder = find_run(name) if resume else run_folder(name)
     saved = read_checkpoint(folder) if resume or restarted(folder) else None
     if saved:
         if saved["settings"]["method"] != "dier":

@@ -196,11 +196,7 @@ def floor_encoder(name: str, settings: dict[str, Any], split: data.Split) -> nn.
 
 
 def train_supervised(
-    net: Supervised,
-    split: data.Split,
-    settings: dict[str, Any],
-    folder: Path,
-    saved: dict[str, Any] | None = None,
+    net: nn.Module, split: data.Split, settings: dict, folder: Path, saved: dict | None = None
 ) -> tuple[int, float, int]:
     """train.py's `train`, shorter, for the loss that needs labels: one process, the same batches,
     update, log and checkpoint. It saves at rows only, where the sums have just been read."""

@@ -83,7 +83,7 @@ class Program:
 class Reference:
     """The same steps written plainly."""
 
-    def __init__(self, settings: dict[str, Any], folder: Path):
+    def __init__(self, settings: dict[str, Any], _: Path):
         self.settings, self.device = settings, torch.device(settings["device"])
         self.pixels = on_device(random_pixels(settings), self.device)
         net = PlainDiER(train.model_config(settings)).to(self.device).train()
@@ -123,7 +123,9 @@ def memory(line: str) -> int:
         return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def work(pipe: Connection, side: type, settings: dict[str, Any], folder: Path, threads: int):
+def work(
+    pipe: Connection, side: type, settings: dict[str, Any], folder: Path, threads: int
+) -> None:
     """A process of its own: takes a turn of n whenever told n; at 0 tells its memory and ends."""
     torch.set_num_threads(threads)
     before = memory("VmRSS")
@@ -135,11 +137,6 @@ def work(pipe: Connection, side: type, settings: dict[str, Any], folder: Path, t
     pipe.send(torch.cuda.max_memory_allocated() if on_gpu else memory("VmHWM") - before)
 
 
-def guarded_work(*args: Any) -> None:
-    """`work`, with errors of one line."""
-    train.guard(partial(work, *args))
-
-
 def ask(pipe: Connection, process: BaseProcess, n: int) -> Any:
     """Tell a process n and wait for its answer; exits where it has died."""
     try:
@@ -149,33 +146,31 @@ def ask(pipe: Connection, process: BaseProcess, n: int) -> Any:
         process.join()
     if process.exitcode == 2:  # it has said why
         raise SystemExit(2)
-    fail("a measuring process was killed (out of memory?): try a smaller --batch-size")
+    fail("a measuring process ended early (out of memory?): try a smaller --batch-size")
 
 
 def take_turns(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Measure both sides -> {side: {"times": seconds a step, "peak": bytes}}."""
-    context, workers = multiprocessing.get_context("spawn"), {}
+    context, workers, counts = multiprocessing.get_context("spawn"), {}, {}
     result: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for side in (Program, Reference):
+            for name, side in (("program", Program), ("reference", Reference)):
                 pipe, far = context.Pipe()
-                args = (far, side, settings, Path(folder), torch.get_num_threads())
-                process = context.Process(target=guarded_work, args=args)
+                job = partial(work, far, side, settings, Path(folder), torch.get_num_threads())
+                process = context.Process(target=train.guard, args=(job,))
                 process.start()
                 far.close()
-                workers[side.__name__.lower()] = (pipe, process)
-            # The first turn warms up caches, allocators and --compile, and tells the pace.
-            counts = {}
-            for side, worker in workers.items():
-                seconds = statistics.median(ask(*worker, 2))
-                counts[side] = max(1, min(ROW_STEPS - WARMUP, round(SECONDS / seconds)))
-                result[side] = {"times": []}
+                workers[name] = (pipe, process)
+                # The first turn warms up caches, allocators and --compile, and tells the pace.
+                seconds = statistics.median(ask(pipe, process, 2))
+                counts[name] = max(1, min(ROW_STEPS - WARMUP, round(SECONDS / seconds)))
+                result[name] = {"times": []}
             for _ in progress(range(TURNS), "measuring", TURNS, "turns"):
-                for side, worker in workers.items():
-                    result[side]["times"] += ask(*worker, counts[side])
-            for side, worker in workers.items():
-                result[side]["peak"] = ask(*worker, 0)
+                for name, worker in workers.items():
+                    result[name]["times"] += ask(*worker, counts[name])
+            for name, worker in workers.items():
+                result[name]["peak"] = ask(*worker, 0)
         finally:
             for _, process in workers.values():
                 process.kill()

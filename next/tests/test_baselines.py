@@ -634,7 +634,7 @@ def test_a_cell_has_the_accuracy_at_the_t_that_held_out_images_choose(tiny, monk
     rows = [{"t": 0, "top1": 7.0, "held_out": 5.0, "knn": 3.0}]
     rows += [{"t": 100, "top1": 6.0, "held_out": 8.0, "knn": 2.0}]
     monkeypatch.setattr(probe, "probe", lambda *_: {"rows": rows, "oracle_top1": 7.0})
-    cell = baselines.run_cell("random", settings_of("random", seed=3), None, None, None)
+    cell = baselines.run_cell("random", settings_of("random", seed=3), None, None, (None, None))
     got = {key: cell[key] for key in ("seed", "top1", "knn", "chosen_t", "oracle", "probe")}
     want = {"seed": 3, "top1": 6.0, "knn": 2.0, "chosen_t": 100, "oracle": 7.0, "probe": rows}
     assert got == want
