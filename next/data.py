@@ -88,7 +88,8 @@ def progress(
         if now - start > 2 and now - shown > (0.5 if terminal else 10):
             amount = k if done is None else done()
             rate = max(amount, 1e-9) / (now - start)
-            left = f"{rate:,.0f} {unit}/s, {clock((total - amount) / rate)} left"
+            speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+            left = f"{speed} {unit}/s, {clock((total - amount) / rate)} left"
             status(f"{what}: {amount:,.0f} of {total:,.0f} {unit}, {left}")
             shown = now
     if shown and terminal:

@@ -248,8 +248,9 @@ def probe(
     protocol: dict[str, Any],
     export: Path | None = None,
 ) -> dict[str, Any]:
-    """The whole protocol for an encoder (B, C, H, W), (B,) -> (B, V) and for the floors, at each of
-    the times; prints a row as soon as it is known. Returns what probe.json holds.
+    """The whole protocol for an encoder (B, C, H, W), (B,) -> (B, V) at each of the times; prints a
+    row as soon as it is known. Then the floors at the chosen t, which raw pixels join unless there
+    are none. Returns what probe.json holds.
 
     `protocol` has norm, epochs, lr and classes. With `export`, v_t is written there as well, as an
     .npz: x_train_T (N, V) and x_test_T (M, V) in half precision for each time T, y_train, y_test.
@@ -285,20 +286,16 @@ def probe(
             write_arrays(archive, {"y_train": labels[0], "y_test": labels[1]})
 
     chosen, oracle = choose(rows, "held_out"), choose(rows, "top1")
-    scores = {"pixels": score(*(raw_pixels(split.images).to(device) for split in splits))["top1"]}
+    scores = {}
+    if floors:
+        pixels = [raw_pixels(split.images).to(device) for split in splits]
+        scores["pixels"] = score(*pixels)["top1"]
     for kind, floor in floors.items():
         scores[kind] = score(*features(floor, chosen["t"], kind))["top1"]
-    return {
-        "rows": rows,
-        "chosen_t": chosen["t"],
-        "test_top1": chosen["top1"],
-        "oracle_t": oracle["t"],
-        "oracle_top1": oracle["top1"],
-        "floors": scores,
-        "n_train": len(labels[0]),
-        "n_test": len(labels[1]),
-        "protocol": protocol,
-    }
+    result = {"rows": rows, "floors": scores, "protocol": protocol}
+    result |= {"chosen_t": chosen["t"], "test_top1": chosen["top1"]}
+    result |= {"oracle_t": oracle["t"], "oracle_top1": oracle["top1"]}
+    return result | {"n_train": len(labels[0]), "n_test": len(labels[1])}
 
 
 def write_arrays(archive: zipfile.ZipFile, arrays: dict[str, Tensor]) -> None:

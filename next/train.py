@@ -524,8 +524,7 @@ def train(
     model = net if size == 1 else DistributedDataParallel(net)
 
     last, limit = math.ceil(settings["epochs"] * len(images) / batch), 60 * settings["minutes"]
-    shape, share = (batch, *images.shape[1:]), batch // size
-    part = slice(rank * share, (rank + 1) * share)  # of the batch, for this process
+    shape, part = (batch, *images.shape[1:]), slice(rank, batch, size)  # every size-th image
     log, first, stop, stops = open_log(folder, log_size, rank), step, False, []
     start = row_time = drawn_at = time.monotonic()
     saved_at = told_at = -math.inf

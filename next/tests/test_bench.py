@@ -81,6 +81,7 @@ def test_the_best_product_is_looked_for_until_products_take_long():
     assert bench.matrix_peak(torch.float32, CPU) > 1e8
 
 
+@pytest.mark.slow
 def test_the_report_compares_two_processes(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(bench, "SECONDS", 0.05)
     monkeypatch.setattr(bench, "TURNS", 2)

@@ -823,8 +823,8 @@ def test_progress_shows_count_rate_and_time_left_when_it_takes_long(monkeypatch,
     assert run(0.05) == ""
     lines = run(1).split("\r\033[K" if terminal else "\n")
     assert len(lines) == (29 if terminal else 4)  # twice a second, or every ten seconds
-    assert "decoding: 3 of 30 images, 1 images/s, 0:27 left" in lines
-    assert "60 of 30 images, 2 images/s, 0:00 left" in run(1, done=lambda: 60)
+    assert "decoding: 3 of 30 images, 1.0 images/s, 0:27 left" in lines
+    assert "60 of 30 images, 2.0 images/s, 0:00 left" in run(1, done=lambda: 60)
     shown = [data.clock(seconds) for seconds in (-5, 0, 61.9, 3600 * 25 + 61)]
     assert shown == ["0:00", "0:00", "1:01", "25:01:01"]
 
