@@ -1,50 +1,743 @@
-"""Images for the networks: one uint8 array a split, decoded once; batches on a device; pictures.
+"""Images for the networks: every set as one uint8 array a split, and batches of it on a device.
 
-`load` gives a split of any set of sets.py as one array (N, C, S, S), from a memory-mapped cache
-where the set is large; `Batches` serves it, from the device where it fits; `save_grid` draws.
-Every way to fail raises DataError with one line to print.
+    glyphs         ten digits drawn with Pillow's own font: needs no file
+    mnist          {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]                  downloaded
+    cifar10        cifar-10-batches-bin/{data_batch_1..5,test_batch}.bin              downloaded
+    cifar100       cifar-100-binary/{train,test}.bin                                  downloaded
+    tiny-imagenet  tiny-imagenet-200/{train/CLASS/images,val/images}/*.JPEG           downloaded
+    bccd           .../images/{TRAIN,TEST}/CLASS/_K_NNNN.jpeg (K: the source picture), else
+                   .../JPEGImages/BloodImage_NNNNN.jpg with labels.csv, split 80/20   by hand
+    oct2017        OCT2017/{train,test}/CLASS/CLASS-patient-n.jpeg                    by hand
+    path/to/folder train/CLASS/* and test/CLASS/* (or val); or CLASS/*, split 80/20; or images
+                   without classes: all of them train, and a fifth is the test set as well
+
+A set lies in data/NAME/. `open_set` lists what is there, and unpacks or downloads what is missing;
+`decode_once` turns the images into one array a set, kept as data/cache/*.npy; `load` calls both;
+`get_batch` cuts batches from the array, which lies on the device where it fits.
 
 Shapes: N images, B batch, C channels, H W pixels, S = H = W.
 """
 
+import csv
+import errno
 import hashlib
-import io
+import http.client
 import math
+import os
+import platform
+import re
 import shutil
 import sys
+import tarfile
+import time
+import urllib.request
 import warnings
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+import PIL
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from files import BROKEN, DataError, damaged, progress, written_whole
-from sets import Source, describe, open_set
+warnings.filterwarnings("ignore", module="PIL")  # of odd metadata, and of images that are large
 
-CPU = torch.device("cpu")
-CACHE_FILES, CACHE_BYTES = 2_000, 256 * 2**20  # more takes long, or much memory: decoded only once
+# ---------------------------------------------------------------------------- what all files need
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line and exit with status 2: the way every command reports bad input."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun one process a machine speaks
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss; never negative."""
+    minutes, seconds = divmod(max(0, int(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def status(text: str) -> None:
+    """Show a progress line: rewritten in place on a terminal, a new line in a file."""
+    terminal = sys.stdout.isatty()
+    print(f"\r\033[K{text}" if terminal else text, end="" if terminal else "\n", flush=True)
+
+
+def progress(
+    items: Iterable, what: str, total: float, unit: str, done: Callable[[], float] | None = None
+) -> Iterator:
+    """Yield the items; after two seconds, show a progress line with count, rate and time left.
+
+    `done` tells how much is done where that is not the number of items.
+    """
+    start, shown, terminal = time.monotonic(), 0.0, sys.stdout.isatty()
+    for k, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - start > 2 and now - shown > (0.5 if terminal else 10):
+            amount = k if done is None else done()
+            rate = max(amount, 1e-9) / (now - start)
+            speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+            left = f"{speed} {unit}/s, {clock((total - amount) / rate)} left"
+            status(f"{what}: {amount:,.0f} of {total:,.0f} {unit}, {left}")
+            shown = now
+    if shown and terminal:
+        print()
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, write: Callable[[Path], Any], temporary: Path | None = None) -> None:
+    """Call write(temporary path); what it wrote gets its name only if that ends well.
+
+    So a reader sees the old file or the new one, whole. The temporary name is fixed: what kill -9
+    leaves is overwritten by the next call.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:  # Ctrl-C comes here too
+        remove(temporary)
+
+
+def private_name(path: Path) -> Path:
+    """A temporary name beside `path` for this process alone, since two runs may decode the same
+    set at once. Removes what dead processes of this machine have left in that folder."""
+    host = platform.node()
+    for old in path.parent.glob(f".*.{host}-*") if os.name == "posix" else ():
+        pid = old.name.rpartition("-")[2]
+        if not (pid.isdigit() and old.name.endswith(f".{host}-{pid}")):
+            continue  # of another machine whose name begins like ours
+        try:
+            os.kill(int(pid), 0)  # signal 0 only asks: is it alive?
+        except ProcessLookupError:
+            remove(old)
+        except PermissionError:
+            pass  # another user's process, alive
+    return path.with_name(f".{path.name}.{host}-{os.getpid()}")
+
+
+# ---------------------------------------------------------------------------- the table of sets
+
+
+class Facts(NamedTuple):
+    """What is known about a set without reading it."""
+
+    channels: int  # 1 or 3
+    row: int  # of Table 4: 32, 64 or 256 pixels
+    flip: bool  # random horizontal flips keep the label (not for digits)
+
+
+SETS = {
+    "glyphs": Facts(1, 32, False),
+    "mnist": Facts(1, 32, False),
+    "cifar10": Facts(3, 32, True),
+    "cifar100": Facts(3, 32, True),
+    "tiny-imagenet": Facts(3, 64, True),
+    "bccd": Facts(3, 256, True),
+    "oct2017": Facts(1, 256, True),
+}
+DOWNLOADS = {  # set -> {file: md5}
+    "mnist": {
+        "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+        "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+    },
+    "cifar10": {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
+    "cifar100": {"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"},
+    "tiny-imagenet": {"tiny-imagenet-200.zip": "90528d7ca1a48142e341f4ef8d21d0de"},
+}
+MIRRORS = {  # set -> addresses in the order to try
+    "mnist": (
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    ),
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/",),
+    "cifar100": ("https://www.cs.toronto.edu/~kriz/",),
+    "tiny-imagenet": ("http://cs231n.stanford.edu/",),
+}
+BY_HAND = {
+    "bccd": "dataset2-master from https://www.kaggle.com/datasets/paultimothymooney/blood-cells",
+    "oct2017": "OCT2017 from https://data.mendeley.com/datasets/rscbjbr9sj/2",
+}
+PATTERNS = {  # where the images of a set lie; root is whatever the archive's maker put around it
+    "tiny-imagenet": r"(?P<root>.*/)?(?P<split>train|val)/(?:(?P<label>n\d+)/)?(?:images/)?[^/]+",
+    "bccd": r"(?P<root>.*/)?images/"
+    r"(?P<group>(?P<split>TRAIN|TEST)/(?P<label>[A-Z]+)/_\d+)_\d+\.\w+",
+    "oct2017": r"(?P<root>(?!.*chest_xray/).*/)?"  # chest_xray: beside OCT in ZhangLabData
+    r"(?P<split>train|test)/(?P<label>[A-Z]+)/[A-Z]+-(?P<group>\d+)-\d+\.\w+",
+}
+BCCD_ORIGINALS = r"(?P<root>.*/)?JPEGImages/BloodImage_(?P<number>\d+)\.\w+"
+BCCD_CLASSES = ("EOSINOPHIL", "LYMPHOCYTE", "MONOCYTE", "NEUTROPHIL")  # Sec. 5.1; not BASOPHIL
+TRAIN, HELD = ("train", "training"), ("test", "testing", "val", "valid", "validation")
+NO_PICTURES = ("EPS", "WMF", "HDF5", "GRIB", "BUFR", "MPEG")  # opened by Pillow, but not decoded
+SUFFIXES = frozenset(  # .png, .jpg, .jfif, .webp, ...; .mpo is opened by the reader of .jpg
+    suffix
+    for suffix, kind in [*Image.registered_extensions().items(), (".mpo", "JPEG")]
+    if kind in Image.OPEN and kind not in NO_PICTURES
+)
 
 
 @dataclass
 class Split:
     """The training or the test images of a set."""
 
-    images: np.ndarray  # uint8 (N, C, S, S), maybe a read-only np.memmap
+    images: Any  # uint8 (N, C, S, S), maybe a read-only np.memmap; before `decode` also paths
     labels: np.ndarray | None  # int64 (N,); None: unlabelled
     groups: np.ndarray | None  # int64 (N,), equal for images of one source picture or patient
     class_names: list[str]
 
 
-def mix_seed(*numbers: int) -> int:
-    """One 63-bit seed out of several numbers; their order and their count matter."""
-    digest = hashlib.sha256(",".join(str(int(n)) for n in numbers).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+class Unreadable(Exception):
+    """One line: which file cannot be read, why, and the way out."""
+
+
+def damage(path: Path, reason: object) -> str:
+    """The line for a file whose content cannot be right."""
+    reason = " ".join(str(reason).split())
+    return f"{path} is damaged ({reason}): delete it, then run or get it again"
+
+
+# ---------------------------------------------------------------------------- download and unpack
+
+TIMEOUT, TRIES = 8.0, 3  # seconds a server may be silent
+# what a disk or a path answers: a fault of no server and no archive
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK += (errno.EIO, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
+def not_there(name: str, folder: Path, why: str = "") -> NoReturn:
+    """Exit: a named set has to be put into its folder by hand."""
+    what = BY_HAND.get(name) or f"{', '.join(DOWNLOADS[name])} from {MIRRORS[name][0]}"
+    fail(f"{name} is not in {folder}{why}: put {what} there; or `python train.py` needs no data")
+
+
+def download(name: str, folder: Path) -> None:
+    """Fetch the files of a set that are not in its folder; leaves no empty folder behind."""
+    new = [place for place in (folder, folder.parent) if not place.exists()]
+    try:
+        for file, md5 in DOWNLOADS.get(name, {}).items():
+            if not (folder / file).exists():
+                download_file(name, folder / file, md5)
+    finally:
+        for place in new:
+            with suppress(OSError):  # it is not empty
+                place.rmdir()
+
+
+def download_file(name: str, path: Path, md5: str) -> None:
+    """Fetch one file of a set, in at most TRIES tries over its mirrors. It gets its name only when
+    it is whole and its md5 is right."""
+    reason = ""
+    for attempt in range(TRIES):
+        url = MIRRORS[name][attempt % len(MIRRORS[name])] + path.name
+        try:
+            return replace_file(path, partial(fetch, url, md5), private_name(path))
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) in DISK:
+                raise
+            reason = f"{url}: {error}"
+        time.sleep(attempt)  # a short pause: 0, 1, 2 seconds
+    not_there(name, path.parent, f" and could not be downloaded ({reason})")
+
+
+def fetch(url: str, md5: str, path: Path) -> None:
+    """Write the file at url to path. Raises OSError where it broke off or its md5 is another."""
+    digest, count = hashlib.md5(), 0
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, path.open("wb") as out:
+        total = int(answer.headers.get("Content-Length", 0))
+        chunks = iter(partial(answer.read, 2**16), b"")
+        for chunk in progress(chunks, url, total / 1e6, "MB", lambda: out.tell() / 1e6):
+            digest.update(chunk)
+            count += out.write(chunk)
+    if count < total:
+        raise OSError(f"broke off after {count:,} of {total:,} bytes")
+    if digest.hexdigest() != md5:
+        raise OSError(f"its md5 is {digest.hexdigest()}, not {md5}")
+
+
+def unpack(folder: Path) -> None:
+    """Unpack each archive in a set's folder once, NAME.zip into NAME/, which appears only when it
+    is whole. tarfile's `filter="data"` and zipfile keep every member inside that folder."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        parts = re.fullmatch(r"([^.].*)\.(zip|tar|tar\.gz|tgz)", path.name, re.IGNORECASE)
+        if parts is None or not path.is_file() or path.with_name(parts[1]).exists():
+            continue
+        target = path.with_name(parts[1])
+        extract = extract_zip if parts[2].lower() == "zip" else extract_tar
+        try:
+            replace_file(target, partial(extract, path), private_name(target))
+        except Exception as error:  # of damaged archives the two libraries raise nearly anything
+            if target.is_dir():  # another run was quicker
+                continue
+            if getattr(error, "errno", None) in DISK:
+                raise
+            fail(damage(path, error))
+
+
+def extract_zip(path: Path, folder: Path) -> None:
+    """All members of a .zip."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        for member in progress(members, f"unpacking {path.name}", len(members), "files"):
+            archive.extract(member, folder)
+
+
+def extract_tar(path: Path, folder: Path) -> None:
+    """All members of a .tar or .tar.gz. Raises EOFError where it is cut, or a header is damaged,
+    between two members, which tarfile takes for the end: a whole one ends in zeros."""
+    with path.open("rb") as raw, tarfile.open(fileobj=raw) as archive:
+        size = path.stat().st_size / 1e6
+        shown = progress(archive, f"unpacking {path.name}", size, "MB", lambda: raw.tell() / 1e6)
+        archive.extractall(folder, members=shown, filter="data")
+        archive.fileobj.seek(archive.offset)
+        if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise EOFError("it ends too early")
+        while archive.fileobj.read(2**20):  # to the end of a .gz, where its checksum is
+            pass
+
+
+def list_files(folder: Path, parents: tuple[Path, ...] = ()) -> Iterator[str]:
+    """The paths of all files below a folder, relative to it, with slashes; hidden ones are left
+    out. Links are followed, but one back to a parent folder ends the walk there."""
+    here = folder.resolve()
+    if here in parents:
+        return
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+            continue
+        if entry.is_dir():
+            below = list_files(Path(entry.path), (*parents, here))
+            yield from (f"{entry.name}/{name}" for name in below)
+        elif entry.is_file():
+            yield entry.name
+
+
+# ---------------------------------------------------------------------------- sets of arrays
+
+
+def draw_glyphs(split: str) -> Split:
+    """10,000 train or 2,000 test digits in Pillow's font, uint8 (N, 1, 28, 28), white on black.
+
+    Each is scaled, rotated, sheared, shifted, drawn thin or bold, dimmed and covered with noise, so
+    that pixels alone do not tell them apart (how much was chosen by the accuracy of raw pixels).
+    """
+    n, side, big = {"train": 10_000, "test": 2_000}[split], 28, 28 * 3  # drawn at 3 x, averaged
+    rng = np.random.default_rng([0, split == "train"])
+    stamps, font = {}, ImageFont.load_default(size=22 * 3)
+    for digit, stroke in np.ndindex(10, 4):
+        stamps[digit, stroke] = Image.new("L", (big, big))
+        pen, middle = ImageDraw.Draw(stamps[digit, stroke]), (big / 2, big / 2)
+        pen.text(middle, f"{digit}", 255, font, anchor="mm", stroke_width=stroke)
+    labels, out = rng.permutation(np.arange(n) % 10), np.empty((n, 1, side, side), np.uint8)
+    for i, digit in enumerate(labels):
+        scale, angle = rng.uniform(0.7, 1.1, 2), np.deg2rad(rng.uniform(-25, 25))
+        shear, shift = rng.uniform(-0.3, 0.3), rng.uniform(-3, 3, 2) * 3
+        cos, sin = np.cos(angle), np.sin(angle)
+        forward = np.array([[cos, -sin], [sin, cos]]) @ [[1, shear], [0, 1]] @ np.diag(scale)
+        back = np.linalg.inv(forward)  # Pillow asks where each output pixel comes from
+        offset = big / 2 - back @ (big / 2 + shift)
+        affine = (*back[0], offset[0], *back[1], offset[1])
+        stamp = stamps[digit, rng.integers(4)]
+        image = stamp.transform(
+            stamp.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR
+        )
+        pixels = np.asarray(image.reduce(3), np.float32) * rng.uniform(0.6, 1.0)
+        pixels += rng.normal(0, rng.uniform(0, 25), pixels.shape)
+        out[i] = pixels.clip(0, 255).round()
+    return Split(out, labels, None, [str(digit) for digit in range(10)])
+
+
+def read_bytes(folders: list[Path], *names: str) -> tuple[Path, bytes] | None:
+    """(path, content) of the first file with one of these names in any of the folders, that of a
+    .gz decompressed."""
+    for folder in (folder for folder in folders if folder.is_dir()):
+        for file in list_files(folder):
+            if file.rsplit("/", 1)[-1] in names:
+                path = folder / file
+                raw = path.read_bytes()
+                try:
+                    return path, zlib.decompress(raw, 31) if file.endswith(".gz") else raw
+                except zlib.error as error:
+                    fail(damage(path, error))
+    return None
+
+
+def read_mnist(folders: list[Path], split: str) -> Split | None:
+    """Two idx files: 0, 0, 8, d, then d big-endian sizes of 4 bytes, then the bytes."""
+    prefix, arrays = "train" if split == "train" else "t10k", []
+    for name, d in ((f"{prefix}-images-idx3-ubyte", 3), (f"{prefix}-labels-idx1-ubyte", 1)):
+        found = read_bytes(folders, name, f"{name}.gz")
+        if found is None:
+            return None
+        path, raw = found
+        head = 4 + 4 * d
+        shape = [int.from_bytes(raw[k : k + 4], "big") for k in range(4, head, 4)]
+        if raw[:4] != bytes([0, 0, 8, d]):
+            fail(damage(path, f"it starts with {raw[:4].hex()}, not with 000008{d:02d}"))
+        if len(raw) != head + math.prod(shape) or 0 in shape:
+            fail(damage(path, f"{len(raw):,} bytes for the dimensions {shape}"))
+        arrays.append(np.frombuffer(raw, np.uint8, offset=head).reshape(shape))
+    images, labels = arrays
+    if len(images) != len(labels) or labels.max() > 9:
+        fail(damage(path, f"{len(labels):,} labels to {labels.max()}, {len(images):,} digits"))
+    return Split(images[:, None], labels, None, [str(digit) for digit in range(10)])
+
+
+def read_cifar(name: str, folder: Path, split: str) -> Split | None:
+    """Records of one label byte (cifar100: coarse, then fine; the fine one is used) and 3072 bytes,
+    the R, G and B planes, row-major."""
+    head, classes, meta, files = 2, 100, "fine_label_names.txt", [f"{split}.bin"]
+    if name == "cifar10":
+        head, classes, meta, files = 1, 10, "batches.meta.txt", ["test_batch.bin"]
+        if split == "train":
+            files = [f"data_batch_{k}.bin" for k in range(1, 6)]
+    parts = []
+    for file in files:
+        found = read_bytes([folder], file)
+        if found is None:
+            return None
+        path, raw = found
+        if not raw or len(raw) % (head + 3072):
+            fail(damage(path, f"{len(raw):,} bytes are not whole records of {head + 3072}"))
+        records = np.frombuffer(raw, np.uint8).reshape(-1, head + 3072)
+        highest = records[:, head - 1].max()
+        if highest >= classes:
+            fail(damage(path, f"label {highest} of {classes} classes"))
+        parts.append(records)
+    records, found = np.concatenate(parts), read_bytes([folder], meta)
+    names = found[1].decode(errors="replace").split() if found else []
+    if len(names) != classes:
+        names = [str(k) for k in range(classes)]
+    return Split(records[:, head:].reshape(-1, 3, 32, 32), records[:, head - 1], None, names)
+
+
+# ---------------------------------------------------------------------------- folders of images
+
+
+class Picture(NamedTuple):
+    """One image file of a set."""
+
+    file: str  # relative to the set's folder
+    split: str  # train or test
+    label: str | None
+    group: str | None = None  # source picture or patient; None: on its own
+
+
+LeftOut = dict[str, list[str]]  # reason -> files
+Found = tuple[Split, Split, LeftOut]  # train, test
+
+
+def is_image(file: str) -> bool:
+    """Does the name end like that of an image, in any case?"""
+    return os.path.splitext(file)[1].lower() in SUFFIXES
+
+
+def split_80_20(pictures: list[Picture]) -> list[Picture]:
+    """Deterministic 80/20 split: in each class, the fifth of the files with the smallest name hash
+    is the test set. Without classes nothing is probed, so these train as well."""
+    by_class = defaultdict(list)
+    for picture in pictures:
+        by_class[picture.label].append(picture)
+    result = []
+    for label, members in by_class.items():
+        members.sort(key=lambda p: hashlib.sha256(os.fsencode(p.file.split("/")[-1])).digest())
+        fifth = max(len(members) // 5, int(len(members) > 1))
+        result += [p._replace(split="test") for p in members[:fifth]]
+        result += members[fifth:] if label else members
+    return result
+
+
+def list_own(files: list[str], left_out: LeftOut) -> list[Picture]:
+    """The pictures of a user's folder; adds what is not used to left_out, by reason."""
+    has_train = any(file.split("/")[0].lower() in TRAIN for file in files if "/" in file)
+    splits: dict[str, list[Picture]] = {split: [] for split in ("train", *HELD)}
+    for file in files:
+        *folders, _ = file.split("/")
+        split = "train"
+        if has_train:
+            split = folders.pop(0).lower() if folders else ""
+        split = "train" if split in TRAIN else split
+        if not is_image(file):
+            left_out["of an unread suffix"].append(file)
+        elif split not in splits:
+            left_out["outside train and test"].append(file)
+        elif len(folders) > 1:
+            left_out["too deep"].append(file)
+        else:
+            splits[split].append(Picture(file, "train", folders[0] if folders else None))
+    labelled = len({p.label for p in splits["train"]} - {None}) > 1  # one folder is no class
+    for split, pictures in splits.items():
+        if labelled:
+            left_out["without a class folder"] += [p.file for p in pictures if not p.label]
+            splits[split] = [p for p in pictures if p.label]
+        else:
+            splits[split] = [p._replace(label=None) for p in pictures]
+    held = [split for split in HELD if splits[split]]
+    for split in held[1:]:
+        left_out[f"in {split}, a third split"] += [p.file for p in splits[split]]
+    if held:
+        pictures = splits["train"] + [p._replace(split="test") for p in splits[held[0]]]
+    else:
+        pictures = split_80_20(splits["train"])
+    return sorted(pictures, key=lambda p: (p.label or "", p.file))
+
+
+def match(pattern: str, files: list[str]) -> tuple[str, list[re.Match]]:
+    """(root, matches): the files whose whole path matches. Kaggle's archives hold some sets twice:
+    those with the shortest root count."""
+    found = [m for m in (re.fullmatch(pattern, file, re.IGNORECASE) for file in files) if m]
+    root = min((m["root"] or "" for m in found), key=len, default="")
+    return root, [m for m in found if (m["root"] or "") == root]
+
+
+def list_named(name: str, folder: Path, files: list[str], left_out: LeftOut) -> list[Picture]:
+    """The pictures of tiny-imagenet, bccd or oct2017; adds other images to left_out."""
+    files = [file for file in files if is_image(file)]
+    root, matches = match(PATTERNS[name], files)
+    pictures = []
+    for m in matches:
+        split = "train" if m["split"].lower() == "train" else "test"
+        pictures.append(Picture(m.string, split, m["label"], m.groupdict().get("group")))
+    if name == "tiny-imagenet":
+        pictures = label_val_images(folder / root / "val/val_annotations.txt", pictures)
+    if name == "bccd" and not matches:
+        root, originals = match(BCCD_ORIGINALS, files)
+        pictures = label_bccd_originals(folder / root / "labels.csv", originals)
+    used, splits = {p.file for p in pictures}, {m["split"].lower() for m in matches}
+    for file in (file for file in files if file not in used):
+        third = [part for part in file.lower().split("/") if part in HELD and part not in splits]
+        left_out[f"in {third[0]}, a third split" if third else "not of the set"].append(file)
+    order = {wnid: k for k, wnid in enumerate(read_lines(folder / root / "wnids.txt"))}
+    return sorted(pictures, key=lambda p: (order.get(p.label, 0), p.label or "", p.file))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file; none where it is not there."""
+    return path.read_text(errors="replace").splitlines() if path.is_file() else []
+
+
+def label_val_images(notes: Path, pictures: list[Picture]) -> list[Picture]:
+    """Tiny-ImageNet's pictures, those of val/images with their class of val_annotations.txt; only
+    of classes that train has."""
+    labels = dict(line.split("\t")[:2] for line in read_lines(notes) if "\t" in line)
+    known = {p.label for p in pictures if p.split == "train"}
+    labelled = [p._replace(label=p.label or labels.get(Path(p.file).name)) for p in pictures]
+    return [p for p in labelled if p.label in known]
+
+
+def label_bccd_originals(table: Path, matches: list[re.Match]) -> list[Picture]:
+    """BCCD's originals: rows of labels.csv with a picture and exactly one of the four classes."""
+    try:
+        rows = [row for row in csv.DictReader(read_lines(table)) if row["Category"]]
+        labels = {int(row["Image"]): row["Category"].strip() for row in rows}
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        fail(damage(table, f"Image, Category expected: {error}"))
+    pictures = [Picture(m.string, "train", labels.get(int(m["number"]))) for m in matches]
+    return split_80_20([p for p in pictures if p.label in BCCD_CLASSES])
+
+
+def describe_left_out(left_out: LeftOut) -> str:
+    """ "; left out: 3 too deep (a/b/c/1.png)": how many files, with the first as example."""
+    parts = [f"{len(files):,} {why} ({files[0]})" for why, files in left_out.items() if files]
+    return f"; left out: {', '.join(parts)}" if parts else ""
+
+
+def read_folder(name: str, folder: Path) -> Found | None:
+    """Both splits of a folder of images, undecoded, and the files left out; None where a named set
+    is not there.
+
+    Groups (source pictures, patients) are numbered over both splits, classes by name (those of
+    tiny-imagenet in the order of wnids.txt). Exits where a user's folder has no image, where a
+    split has none, and where test has a class that train lacks.
+    """
+    left_out, files = defaultdict(list), list(list_files(folder)) if folder.is_dir() else []
+    if name in SETS:
+        pictures = list_named(name, folder, files, left_out)
+        if not pictures:
+            return None
+    else:
+        if not folder.is_dir():
+            fail(f"{name!r} is no folder of images and none of {', '.join(SETS)}")
+        pictures = list_own(files, left_out)
+        if not pictures:
+            what = f"no images in {name}{describe_left_out(left_out)}"
+            fail(f"{what}: the layouts are at the top of data.py")
+    classes = list(dict.fromkeys(p.label for p in pictures if p.label and p.split == "train"))
+    unknown = sorted({p.label for p in pictures if p.label} - set(classes))
+    if unknown:
+        names = ", ".join(unknown)
+        fail(f"{folder}: test has classes that train ({', '.join(classes)}) lacks: {names}")
+    numbers = np.unique([p.group or "" for p in pictures], return_inverse=True)[1]
+    splits = []
+    for split in ("train", "test"):
+        mine = [k for k, p in enumerate(pictures) if p.split == split]
+        if not mine:
+            fail(f"{folder} has no {split} images of {name}: the layouts are at the top of data.py")
+        paths = [folder / pictures[k].file for k in mine]
+        labels = np.array([classes.index(pictures[k].label) for k in mine]) if classes else None
+        groups = numbers[mine] if pictures[0].group else None
+        splits.append(Split(paths, labels, groups, classes))
+    return *splits, left_out
+
+
+def read_set(name: str, folder: Path) -> Found | None:
+    """A named set as it lies in its folder now; None where it, or a part of it, is not there."""
+    if name == "mnist":
+        folders = [folder, folder.with_name("MNIST")]  # where torchvision puts it
+        both = [read_mnist(folders, split) for split in ("train", "test")]
+    elif name in ("cifar10", "cifar100"):
+        both = [read_cifar(name, folder, split) for split in ("train", "test")]
+    else:
+        return read_folder(name, folder)
+    return None if None in both else (*both, {})
+
+
+def open_set(name: str, data_dir: Path) -> Found:
+    """Both splits of any set, undecoded, and the files left out; downloads and unpacks what has to
+    be. Exits where the set is not found."""
+    if name == "glyphs":
+        return draw_glyphs("train"), draw_glyphs("test"), {}
+    if name not in SETS:
+        return read_folder(name, Path(name))
+    folder = data_dir / name
+    found = read_set(name, folder)
+    for step in (unpack, partial(download, name), unpack):
+        if found is None:
+            step(folder)
+            found = read_set(name, folder)
+    return found or not_there(name, folder)
+
+
+# ---------------------------------------------------------------------------- decode
+
+
+def read_picture(path: Path) -> tuple[Image.Image, int | None, bool]:
+    """(image, brightest, several): the picture as a viewer shows it: upright by EXIF, transparency
+    on white, 16 bits scaled to 8 by 1/257; of several pages or frames the first.
+
+    `brightest` is the largest value of a 16-bit image, else None. Raises Unreadable.
+    """
+    try:
+        with Image.open(path) as file:
+            several = file.format != "MPO" and getattr(file, "n_frames", 1) > 1  # MPO: iPhones'
+            image = ImageOps.exif_transpose(file)
+    except Image.DecompressionBombError:
+        raise Unreadable(f"{path} is too large to decode: shrink it") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything
+        if getattr(error, "errno", None) in DISK:  # no permission, a lost disk
+            raise Unreadable(f"{path} cannot be read: {error.strerror}") from None
+        raise Unreadable(damage(path, error)) from None
+    brightest = None
+    if image.mode == "F":
+        raise Unreadable(f"{path} has floating-point pixels, whose range is unknown: save 8 bits")
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image).astype(np.int64)
+        brightest = int(pixels.max())
+        if brightest > 65535 or pixels.min() < 0:
+            raise Unreadable(f"{path} has pixels beyond 0..65,535: save it in 8 or 16 bits")
+        image = Image.fromarray((pixels / 257).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image, brightest, several
+
+
+def fit(image: Image.Image, size: int, channels: int) -> np.ndarray:
+    """An image -> uint8 (C, S, S), aspect not kept. Pillow's bilinear filter averages over all
+    pixels when it shrinks, so nothing aliases, and unlike bicubic it cannot overshoot."""
+    image = image.convert("L" if channels == 1 else "RGB")
+    image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def decode(items: list, size: int, channels: int, what: str) -> Iterator[np.ndarray]:
+    """Yield each item, a path or uint8 (C, h, w), as uint8 (C, S, S), in order; then say what was
+    odd. Raises Unreadable."""
+    deep, pages = [], 0
+
+    def one(item: Path | np.ndarray) -> tuple[np.ndarray, int | None, bool]:
+        if isinstance(item, Path):
+            image, brightest, several = read_picture(item)
+            return fit(image, size, channels), brightest, several
+        pixels = item[0] if len(item) == 1 else item.transpose(1, 2, 0)
+        return fit(Image.fromarray(pixels), size, channels), None, False
+
+    blocks = [items[k : k + 256] for k in range(0, len(items), 256)]  # bounds the memory
+    with ThreadPoolExecutor() as pool:
+        run = pool.map if isinstance(items[0], Path) else map  # threads pay for real decoding
+        results = (result for block in blocks for result in run(one, block))
+        for result in progress(results, f"decoding {what}", len(items), "images"):
+            pixels, brightest, several = result
+            yield pixels
+            pages += several
+            if brightest is not None and len(deep) < 100:
+                deep.append(brightest)
+    if deep and max(deep) < 65536 / 8:
+        print(
+            f"warning: {what}: 16-bit images reach only {max(deep):,} of 65,535 and will look "
+            "nearly black: stretch them first"
+        )
+    if pages:
+        print(f"{what}: {pages:,} files have several pages or frames, of which the first is read")
+
+
+def decode_once(items: list, size: int, channels: int, what: str, cache: Path) -> np.ndarray:
+    """Decode and keep as .npy, uint8 (N, C, S, S), memory-mapped. The file's name has a hash of the
+    images' names, sizes and modification times, so changed files are decoded again. Where the
+    cache cannot be written, into memory. Raises Unreadable."""
+    shape = (len(items), channels, size, size)
+    key = hashlib.sha256(repr((shape, PIL.__version__)).encode())
+    for item in items:
+        if isinstance(item, Path):
+            stat = item.stat()
+            key.update(repr((str(item.absolute()), stat.st_size, stat.st_mtime_ns)).encode())
+        else:
+            key.update(item.tobytes())
+    path = cache / f"{what}-{size}-{key.hexdigest()[:16]}.npy"
+    try:
+        kept = np.load(path, mmap_mode="r")
+        if kept.shape == shape and kept.dtype == np.uint8:
+            return kept
+    except (OSError, ValueError, EOFError):
+        pass  # not there, or cut short
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for pixels in decode(items, size, channels, what):
+                file.write(pixels.tobytes())
+
+    try:
+        replace_file(path, write, private_name(path))
+        return np.load(path, mmap_mode="r")
+    except OSError as error:
+        print(f"no cache in {cache} ({error}): decoding into memory", file=sys.stderr)
+        return np.stack(list(decode(items, size, channels, what)))
 
 
 def sample(labels: np.ndarray | None, n: int, limit: int, seed: int) -> np.ndarray:
@@ -58,104 +751,57 @@ def sample(labels: np.ndarray | None, n: int, limit: int, seed: int) -> np.ndarr
     return np.sort(order[: limit or n])
 
 
-def fit(image: Image.Image, size: int, channels: int) -> np.ndarray:
-    """Any image -> uint8 (C, S, S), aspect not kept. Pillow's bilinear filter averages over all
-    pixels when it shrinks, so nothing aliases, and unlike bicubic it cannot overshoot."""
-    if image.mode.startswith("I"):  # 16 bits: convert would clip at 255
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-    image = image.convert("RGBA") if image.mode == "P" else image
-    image = image.convert("L" if channels == 1 else "RGB")
-    image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
-
-
-def decode(source: Source, chosen: np.ndarray, channels: int, out: np.ndarray) -> None:
-    """The chosen images -> out, uint8 (N, C, S, S). Raises DataError with the damaged file."""
-    size, items, archive = out.shape[-1], source.items, source.archive
-
-    def one(pair: tuple[int, Any]) -> None:
-        """Decode one (index, bytes or pixels) into its place."""
-        k, item = pair
-        try:
-            if archive:
-                image = Image.open(io.BytesIO(item))
-            else:
-                image = Image.fromarray(item[0] if channels == 1 else item.transpose(1, 2, 0))
-            out[k] = fit(image, size, channels)
-        except Exception as error:  # Pillow's decoders raise nearly anything
-            raise damaged(archive.where(items[chosen[k]]), error) from None
-
-    order = range(len(chosen))
-    if archive:
-        order = sorted(order, key=lambda k: archive.members[items[chosen[k]]].place)
-    blocks = [order[k : k + 64] for k in range(0, len(order), 64)]  # bounds the memory
-    with ThreadPoolExecutor() as pool:
-        for block in progress(blocks, "decoding", len(order), "images", len):
-            raw = [archive.read(items[chosen[k]]) if archive else items[chosen[k]] for k in block]
-            any((pool.map if archive else map)(one, zip(block, raw)))
-
-
-def decode_once(source: Source, chosen: np.ndarray, size: int, channels: int, cache: Path):
-    """`decode`, for a large set into a memory-mapped file that is found again as long as the files
-    are the same: its name holds a fingerprint of their names, sizes and times."""
-    shape = (len(chosen), channels, size, size)
-    if math.prod(shape) <= CACHE_BYTES and (not source.archive or len(chosen) <= CACHE_FILES):
-        decode(source, chosen, channels, out := np.empty(shape, np.uint8))
-        return out
-    key = hashlib.sha256(repr((shape, source.archive and str(source.archive.path))).encode())
-    key.update(chosen.tobytes() if source.archive is None else b"")
-    for k in chosen if source.archive else ():
-        member = source.archive.members[source.items[k]]
-        key.update(repr((source.items[k], member.size, member.stamp)).encode())
-    key.update(b"" if source.archive else source.items)
-    path = cache.with_name(f"{cache.name}-{size}-{key.hexdigest()[:16]}.npy")
-    try:
-        kept = np.load(path, mmap_mode="r")
-        if kept.shape == shape and kept.dtype == np.uint8:
-            return kept
-    except BROKEN:
-        pass  # not there, or cut short: decode
-    try:
-        with written_whole(path) as temporary:
-            if shutil.disk_usage(path.parent).free < math.prod(shape):
-                raise OSError(f"{math.prod(shape) / 1e6:,.0f} MB are not free there")
-            decode(
-                source,
-                chosen,
-                channels,
-                np.lib.format.open_memmap(temporary, "w+", np.uint8, shape),
-            )
-        return np.load(path, mmap_mode="r")
-    except OSError as error:
-        print(f"no cache in {path.parent} ({error}): decoding into memory", file=sys.stderr)
-    decode(source, chosen, channels, out := np.empty(shape, np.uint8))
-    return out
-
-
 def load(
-    name: str,
-    split: str,
-    size: int,
-    data_dir: Path = Path("data"),
-    limit: int = 0,
-    seed: int = 0,
-) -> Split:
-    """The "train" or "test" images of a set, resized to size x size.
+    name: str, size: int, channels: int, data_dir: str | Path, limit: int = 0, seed: int = 0
+) -> tuple[Split, Split]:
+    """The training and the test images of a set as uint8 (N, C, S, S), resized and converted; says
+    what there is and what was left out.
 
-    limit > 0 takes a seeded sample, as equal over the classes as can be. What is missing in
-    data_dir is downloaded if it may be. Raises DataError.
+    limit > 0 takes that many of each, a seeded sample as equal over the classes as can be. Exits
+    where the set is not there or damaged.
     """
-    if split not in ("train", "test"):
-        raise DataError(f"there is no split {split!r}: take train or test")
-    info = describe(name)
-    source = open_set(name, split, Path(data_dir))
-    chosen = sample(source.labels, len(source.items), limit, seed)
-    cache = Path(data_dir) / "cache" / f"{info.name}-{split}"
-    images = decode_once(source, chosen, size, info.channels, cache)
-    labels, groups = (
-        None if x is None else x[chosen].astype(np.int64) for x in (source.labels, source.groups)
-    )
-    return Split(images, labels, groups, source.class_names)
+    *splits, left_out = open_set(name, Path(data_dir))
+    label, classes = Path(name).resolve().name, len(splits[0].class_names)
+    counts = " + ".join(f"{len(split.images):,}" for split in splits)
+    line = f"{label}: {counts} images (train + test), {classes or 'no'} classes"
+    print(line + describe_left_out(left_out), flush=True)
+    if 0 < limit < classes:
+        print(f"--limit {limit} is below the {classes} classes: some have no image")
+    chosen = [sample(split.labels, len(split.images), limit, seed) for split in splits]
+    items = [split.images[k] for split, index in zip(splits, chosen) for k in index]
+    try:
+        images = decode_once(items, size, channels, label, Path(data_dir, "cache"))
+    except Unreadable as error:
+        fail(str(error))
+    parts = images[: len(chosen[0])], images[len(chosen[0]) :]
+    loaded = []
+    for split, index, part in zip(splits, chosen, parts):
+        labels = None if split.labels is None else split.labels[index].astype(np.int64)
+        groups = None if split.groups is None else split.groups[index].astype(np.int64)
+        loaded.append(Split(part, labels, groups, split.class_names))
+    return tuple(loaded)
+
+
+def set_facts(name: str) -> Facts:
+    """Channels, row of Table 4, flips. A known name touches no disk. Any folder is read as colour,
+    its row is that of the median shorter side of a hundred images. Exits where it has none."""
+    if name in SETS:
+        return SETS[name]
+    paths, sides = read_folder(name, Path(name))[0].images, []
+    for path in paths[:: -(-len(paths) // 100)]:
+        with suppress(Exception), Image.open(path) as image:  # `load` names the damaged ones
+            sides.append(min(image.size))
+    row = next((row for row in (32, 64) if sides and np.median(sides) <= row), 256)
+    return Facts(3, row, True)
+
+
+# ---------------------------------------------------------------------------- batches
+
+
+def mix_seed(*numbers: int) -> int:
+    """One 63-bit seed out of several numbers; their order and their count matter."""
+    digest = hashlib.sha256(",".join(str(int(n)) for n in numbers).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -168,6 +814,16 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
 
 
+def on_device(images: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 images (N, C, S, S) as a tensor, moved to a GPU once where they fit into half of its
+    free memory: then a step copies nothing from the host."""
+    with warnings.catch_warnings():  # torch warns of read-only arrays; these are never written
+        warnings.simplefilter("ignore", UserWarning)
+        tensor = torch.from_numpy(images)
+    fits = device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] // 2
+    return tensor.to(device) if fits else tensor
+
+
 @lru_cache(maxsize=2)  # every step of an epoch asks for the same one
 def permutation(n: int, seed: int, epoch: int, device: torch.device) -> Tensor:
     """The order of one epoch, int64 (n,): drawn on the CPU, so that it is the same everywhere."""
@@ -175,70 +831,32 @@ def permutation(n: int, seed: int, epoch: int, device: torch.device) -> Tensor:
     return torch.randperm(n, generator=generator).to(device)
 
 
-def permutation_stream(
-    n: int, start: int, count: int, seed: int, device: torch.device = CPU
-) -> Tensor:
-    """Entries start .. start + count - 1 of one endless stream of permutations of range(n), int64
-    (count,). A pure function: a resumed run has nothing to restore. n may be below count."""
-    end, pieces = start + count, []
+def batch_index(n: int, step: int, batch: int, seed: int, device: torch.device) -> Tensor:
+    """Which of n images make batch number `step`, int64 (B,): cut from one endless stream of
+    permutations, one an epoch, so every batch is full and n may be below B. A pure function: a
+    resumed run has nothing to restore."""
+    start, end, pieces = step * batch, (step + 1) * batch, []
     for epoch in range(start // n, end // n + 1):
         begin = epoch * n
         pieces.append(permutation(n, seed, epoch, device)[max(0, start - begin) : end - begin])
     return torch.cat(pieces)
 
 
-class Batches:
-    """Batches of uint8 images (N, C, S, S) as float32 in [-1, 1] on a device.
+def get_batch(
+    images: Tensor, index: Tensor, device: torch.device, flips: Tensor | None = None
+) -> Tensor:
+    """images[index] as float32 in [-1, 1] on the device, mirrored left-right where flips (B,) says.
 
-    The images move there once if they fit (into half of a GPU's free memory), still as uint8:
-    then a step copies nothing from the host. Otherwise each batch is copied through pinned memory,
-    while the device is still busy with the step before.
+    Images that stayed on the host go through pinned memory, so that the copy runs while the device
+    is still busy with the step before.
     """
-
-    def __init__(
-        self, images: np.ndarray, batch_size: int, seed: int, device: torch.device, flip: bool
-    ):
-        self.batch_size, self.seed, self.device, self.flip = batch_size, seed, device, flip
-        with warnings.catch_warnings():  # torch warns of read-only arrays; these are never written
-            warnings.simplefilter("ignore", UserWarning)
-            self.images = torch.from_numpy(images)
-        if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] // 2:
-            self.images = self.images.to(device)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def index(self, step: int, part: slice = slice(None)) -> Tensor:
-        """Which images make `part` of batch number `step`: int64 (b,), where the images are."""
-        start, home = step * self.batch_size, self.images.device
-        return permutation_stream(len(self), start, self.batch_size, self.seed, home)[part]
-
-    def __call__(self, step: int, flips: Tensor | None = None, part: slice = slice(None)) -> Tensor:
-        """`part` of batch number `step` -> float32 (b, C, S, S), mirrored left-right where flips,
-        bool (B,) on the device, says so (and the set allows it)."""
-        index, home = self.index(step, part), self.images.device
-        if home == self.device:
-            x = self.images[index]
-        else:
-            shape = (len(index), *self.images.shape[1:])
-            x = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-            x = torch.index_select(self.images, 0, index, out=x).to(self.device, non_blocking=True)
-        x = to_float(x)
-        if self.flip and flips is not None:
-            x = torch.where(flips[part, None, None, None], x.flip(-1), x)
-        return x
-
-
-def save_grid(rows: Tensor, path: Path, columns: int, scale: int = 1) -> None:
-    """Images (N, C, H, W), uint8 or float in [-1, 1], as one PNG: `columns` a row, 2 white pixels
-    between them, each pixel drawn scale x scale."""
-    images = rows if rows.dtype == torch.uint8 else to_uint8(rows)
-    images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    n, _, h, w = images.shape
-    lines = math.ceil(n / columns)
-    page = np.full((lines * (h + 2) - 2, columns * (w + 2) - 2, 3), 255, np.uint8)
-    for k, image in enumerate(images.expand(n, 3, h, w).permute(0, 2, 3, 1).numpy()):
-        y, x = k // columns * (h + 2), k % columns * (w + 2)
-        page[y : y + h, x : x + w] = image
-    with written_whole(Path(path)) as temporary:
-        Image.fromarray(page).save(temporary, format="PNG")
+    if images.device == device:
+        x = images[index]
+    else:
+        shape = (len(index), *images.shape[1:])
+        x = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        x = torch.index_select(images, 0, index, out=x).to(device, non_blocking=True)
+    x = to_float(x)
+    if flips is not None:
+        x = torch.where(flips[:, None, None, None], x.flip(-1), x)
+    return x

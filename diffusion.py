@@ -1,17 +1,28 @@
 """The diffusion process: noise an image, score a guess of the noise, walk back to the image.
 
-    q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)                           (Eq. 3.2)  q_sample
-    L = E || eps - eps_theta(x_t, t, v_t) ||^2,  v_t = Encoder(x_0, t)           (Eq. 4.6)  eps_loss
-    x_0-hat = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)                                 predict_x0
+    x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps                 (Eq. 3.1)  linear_betas
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                     (Eq. 3.2)  q_sample
+    L   = E || eps - eps_theta(x_t, t, v_t) ||^2, v_t = Encoder(x_0, t)  (Eq. 4.6)  eps_loss
+    x_0-hat = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)                        predict_x0
 
-(Eq. 3.2 of the paper prints the standard deviation where N(., .) takes the variance.) Time t is an
-integer in 0..999: t = 0 is the first, faintest noise, and a clean image has no t at all (abar = 1).
-Nothing here knows a network: the functions that walk the chain take any `eps_fn(x_t, t) -> eps`.
+Eq. 3.1 takes a small step, a thousand times. The sum of Gaussian steps is Gaussian, so Eq. 3.2
+jumps to any t at once: the image fades, the noise grows, the variance stays near 1.
+
+    t                        0     100     400     700     999
+    sqrt(abar_t)         1.000   0.946   0.440   0.083   0.006     what is left of the image
+    sqrt(1 - abar_t)     0.010   0.324   0.898   0.997   1.000     how much noise there is
+
+Why guess the noise? Given x_t, the noise determines the image and the image the noise (the equation
+of `predict_x0`). But eps has variance 1 at every t, so one network with one loss serves all t.
+
+Time t is an integer in 0..999: t = 0 is the first, faintest noise, and a clean image has no t at
+all (abar = 1). (Eq. 3.2 of the paper prints the standard deviation where N(., .) takes the
+variance.) Nothing here knows a network: what walks the chain takes any eps_fn(x_t, t) -> eps.
 
 Shapes: B batch, C channels, H W pixels. Images are in [-1, 1].
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -65,6 +76,9 @@ def predict_x0(x_t: Tensor, abar_t: Tensor, eps: Tensor, clip: bool = False) -> 
     return x0.clamp(-1.0, 1.0) if clip else x0
 
 
+# ---------------------------------------------------------------------------- sampling
+
+
 def ddim_times(steps: int) -> list[int]:
     """The times visited from noise to image: round(linspace(999, 0, steps)); steps = 1 is [999].
 
@@ -90,7 +104,7 @@ def ddim_step(
     noise: Tensor | None = None,
     clip: bool = False,
 ) -> Tensor:
-    """One step from abar_t to abar_prev (B, C, H, W); abar_prev = 1 lands on the image.
+    """One step of Eq. 3.3 from abar_t to abar_prev (B, C, H, W); abar_prev = 1 lands on the image.
 
     eta = 0 is DDIM, deterministic; eta = 1 is DDPM's ancestral step, whose noise has the posterior
     variance. With abar_prev < abar_t and eta = 0 the same formula walks from image to noise.
@@ -105,17 +119,17 @@ def ddim_step(
     return x + variance.sqrt() * noise if noise is not None else x
 
 
-def denoise(
+def ddim_sample(
     eps_fn: EpsFn,
     x: Tensor,
     steps: int,
     eta: float = 0.0,
     clip: bool = True,
     generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
-    """Walk from x = x_999 to the image (Eq. 3.3); yields x after each of the steps, the image last.
+) -> Tensor:
+    """Walk from x = x_999 (B, C, H, W) to the image (Eq. 3.3).
 
-    clip belongs to decoding from noise; a stochastic code (`invert`) is decoded without it.
+    clip belongs to decoding from noise; a stochastic code (`ddim_invert`) is decoded without it.
     """
     abar = alphas_cumprod().to(x)
     times = ddim_times(steps)
@@ -125,20 +139,18 @@ def denoise(
         if eta and t_prev is not None:  # the last step adds none: it would stay in the image
             noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         x = ddim_step(x, eps_fn(x, t), abar[t], abar_prev, eta, noise, clip)
-        yield x
+    return x
 
 
-def invert(eps_fn: EpsFn, x0: Tensor, steps: int) -> Iterator[Tensor]:
-    """DDIM inversion (Sec. C): the stochastic code of x0, the noise from which DDIM returns to it.
+def ddim_invert(eps_fn: EpsFn, x0: Tensor, steps: int) -> Tensor:
+    """DDIM inversion (App. C): the stochastic code of x0 (B, C, H, W), from which DDIM returns.
 
-    Takes x0 as x at t = 0 and stops at x_999, where `denoise` starts. Never clips. Yields x after
-    each of the steps - 1 moves, the code last; steps = 1 has no move and yields x0 itself.
+    Takes x0 as x at t = 0 and stops at x_999, where `ddim_sample` starts; steps = 1 has no move
+    and returns x0 itself. Never clips.
     """
     abar = alphas_cumprod().to(x0)
     times = ddim_times(steps)[::-1]
     x = x0
-    if steps == 1:
-        yield x
     for t, t_next in zip(times, times[1:]):
         x = ddim_step(x, eps_fn(x, t), abar[t], abar[t_next])
-        yield x
+    return x

@@ -1,4 +1,4 @@
-"""The two networks of DiER (Fig. 2) and the sizes they come in (Table 4).
+"""The two networks of DiER (Fig. 2) and, at the end, the sizes they come in (Table 4).
 
     v_t = Encoder(x_0, t)                 half a U-Net that sees the clean image and the time
     eps = DiT(x_t, t, v_t)                a transformer on pixel patches that sees the noisy image
@@ -10,116 +10,63 @@ At initialisation every residual branch and the output are zero, as in DiT: eps 
 loss is E[eps^2] = 1; v does not depend on t; and no gradient reaches the encoder in the first two
 steps, because the DiT has yet to open the layers between its output and v.
 
-Shapes: B batch, C channels, H W pixels, N tokens, D width, V = 1024 length of v.
+Shapes: B batch, C channels, H W pixels, N tokens, D width, E width of the time embedding,
+V = 1024 length of v.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 V = 1024  # length of v (Sec. A.2)
 MAX_PERIOD = 10_000  # of the sinusoids, as in the Transformer
 SHORT = 64  # tokens up to which attention written out beats the fused kernel on a CPU
 
 
-# ---------------------------------------------------------------------------- sizes and presets
-
-
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of both networks: the columns of Table 4. Raises ValueError where they do not fit."""
+    """Sizes of both networks, the columns of Table 4. Raises ValueError where they do not fit."""
 
     size: int  # images are size x size
     channels: int
-    patch: int
-    hidden: int
+    patch: int  # the DiT: patches of patch x patch pixels
+    hidden: int  # its width D
     depth: int
     heads: int
-    base: int
-    blocks: int
+    base: int  # the encoder: level k has width base * mult[k]
+    blocks: int  # ResBlocks a level
     mult: tuple[int, ...]
-    attention: tuple[int, ...] = (16, 8)  # resolutions with self-attention in the encoder
-    enc_heads: int = 4
-    dropout: float = 0.1
+    attention: tuple[int, ...]  # resolutions with self-attention
+    enc_heads: int
+    dropout: float
 
     def __post_init__(self) -> None:
-        if self.size % self.patch:
-            good = max(p for p in range(1, self.patch) if self.size % p == 0)
+        size, patch, halvings = self.size, self.patch, len(self.mult) - 1
+        if size % patch:
+            fits = max(p for p in range(1, patch) if size % p == 0)
+            raise ValueError(f"size {size} is not a multiple of patch {patch}: give --patch {fits}")
+        if size % 2**halvings:
+            fits = max(1, size // 2**halvings) * 2**halvings
             raise ValueError(
-                f"image size {self.size} is not a multiple of patch {self.patch}; "
-                f"use --model patch={good}"
-            )
-        halvings = len(self.mult) - 1
-        if self.size % 2**halvings:
-            raise ValueError(
-                f"image size {self.size} cannot be halved {halvings} times; use --size "
-                f"{max(1, self.size // 2**halvings) * 2**halvings} or a shorter --model mult"
+                f"size {size} cannot be halved {halvings} times: give --size {fits} or fewer --mult"
             )
         if self.hidden % (4 * self.heads):
+            fits = max(1, self.hidden // (4 * self.heads)) * 4 * self.heads
             raise ValueError(
-                f"hidden {self.hidden} is not a multiple of 4 x {self.heads} heads; use --model "
-                f"hidden={max(1, self.hidden // (4 * self.heads)) * 4 * self.heads}"
+                f"hidden {self.hidden} is not a multiple of 4 x heads {self.heads}: "
+                f"give --hidden {fits}"
             )
         for width in (self.base * m for m in self.mult):
-            step = math.lcm(4, self.enc_heads) if width <= 128 else math.lcm(32, self.enc_heads)
-            if width % step:
+            groups = max(1, min(32, width // 4))
+            if self.base % 2 or width % groups or width % self.enc_heads:
                 raise ValueError(
-                    f"encoder width {width} (base {self.base} x mult) is not a multiple of {step}, "
-                    f"which groups and heads need; change --model base, mult or enc_heads"
+                    f"encoder width {width} (base {self.base} x mult) does not divide into "
+                    f"{groups} groups and {self.enc_heads} heads: give another --base or --mult"
                 )
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A model size and the training that goes with it; every field is the default of a flag."""
-
-    model: ModelConfig
-    batch_size: int
-    lr: float
-    epochs: int | None
-    minutes: float | None
-    ema: float = 0.9999
-    clip: float = 1.0
-
-
-def _paper(size: int, patch: int, hidden: int, depth: int, base: int, mult: tuple) -> ModelConfig:
-    heads = hidden // 64  # 3, 6, 12: DiT-T, -S, -B
-    return ModelConfig(size, 3, patch, hidden, depth, heads, base, blocks=2, mult=mult)
-
-
-def _cpu(size: int, patch: int, mult: tuple, hidden: int = 128) -> ModelConfig:
-    model = ModelConfig(size, 3, patch, hidden, 4, 4, base=16, blocks=1, mult=mult)
-    return replace(model, attention=(4,), dropout=0.0)
-
-
-# name -> row of Table 4 (32: mnist, cifar10, cifar100; 64: tiny-imagenet; 256: bccd, oct2017); the
-# sets `glyphs` and `mnist` may have a row of their own
-PRESETS: dict[str, dict[int | str, Preset]] = {
-    "paper": {
-        32: Preset(_paper(32, 2, 192, 12, 128, (1, 2, 3, 4)), 128, 1e-4, 200, None),
-        64: Preset(_paper(64, 4, 384, 12, 128, (1, 2, 3, 4)), 128, 1e-4, 200, None),
-        256: Preset(_paper(256, 8, 768, 16, 256, (1, 1, 2, 2, 3, 4)), 16, 1e-5, 200, None),
-    },
-    # The same architecture in minutes on two cores: few pixels, large patches, small batches, since
-    # steps count more than images here, the more so the shorter the training. The last width bounds
-    # the rank of v: 64 learns most in ten minutes and then no more, 128 passes it after twenty.
-    # What was compared is in results/screen-mnist.json and long-mnist.json.
-    # A token must hold the noise of its patch: where patch^2 * channels numbers go into a narrower
-    # one, the share that does not fit, 1 - hidden / (patch^2 * channels), stays in the loss for
-    # ever. The digits take patch 8 (64 numbers), colour needs 4 (48), or a wider DiT.
-    "cpu": {
-        "glyphs": Preset(_cpu(16, 8, (1, 2, 4)), 32, 2e-3, None, 4.0),  # five minutes with a probe
-        "mnist": Preset(_cpu(16, 8, (1, 2, 8)), 64, 2e-3, None, 30.0),
-        32: Preset(_cpu(16, 4, (1, 2, 8)), 64, 2e-3, None, 30.0),
-        64: Preset(_cpu(32, 4, (1, 2, 4, 8)), 32, 1e-3, None, 30.0),
-        256: Preset(_cpu(64, 8, (1, 2, 2, 4, 8), hidden=256), 32, 1e-3, None, 30.0),
-    },
-}
 
 
 # ---------------------------------------------------------------------------- shared pieces
@@ -155,23 +102,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if q.shape[2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v)
-    scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
+    scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, heads, N, N)
     return at_least_fp32(scores).softmax(3).to(v.dtype) @ v
 
 
-def apply(layer: nn.Module, *args: Tensor, recompute: bool) -> Tensor:
-    """layer(*args); with `recompute` only its inputs are kept, and backward computes it again."""
-    return checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
-
-
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation with min(32, C / 4) groups and fp32 statistics.
+    """Group normalisation with min(32, C / 4) groups, at least one, and fp32 statistics.
 
     A group of one channel would subtract that channel's mean, hence four channels or more each.
     """
 
     def __init__(self, channels: int):
-        super().__init__(min(32, channels // 4), channels)
+        super().__init__(max(1, min(32, channels // 4)), channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(at_least_fp32(x))
@@ -193,7 +135,8 @@ class LayerNorm(nn.LayerNorm):
 class ResBlock(nn.Module):
     """Two convolutions with time in between; `down` halves the resolution by average pooling.
 
-    (B, C_in, H, W), SiLU of time (B, E) -> (B, C_out, H, W), H and W halved with `down`.
+    (B, C_in, H, W), SiLU of time (B, E) -> (B, C_out, H, W), H and W halved with `down`. Time is
+    the scale and shift of the second norm.
     """
 
     def __init__(self, c_in: int, c_out: int, time_width: int, dropout: float, down: bool = False):
@@ -208,19 +151,21 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """As the class says; `time` enters as scale and shift of the second norm."""
         h = F.silu(self.norm1(x))  # (B, C_in, H, W)
         if self.down:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)  # (B, C_in, H/2, W/2)
         h = self.norm2(self.conv1(h))  # (B, C_out, H, W)
         scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)  # (B, C_out, 1, 1)
-        h = F.silu(h * (1 + scale) + shift)
+        h = F.silu(h * (1 + scale) + shift)  # (B, C_out, H, W)
         h = self.conv2(self.dropout(h))  # (B, C_out, H, W)
         return self.skip(x) + h
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the H * W pixels, residual: (B, C, H, W) -> (B, C, H, W)."""
+    """Self-attention over the H * W pixels, residual: (B, C, H, W) -> (B, C, H, W).
+
+    Pixels are the tokens; channels are split over the heads.
+    """
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -230,7 +175,6 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the class says; pixels are the tokens, channels are split over the heads."""
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x))  # (B, 3C, H, W)
         qkv = qkv.reshape(b, 3, self.heads, c // self.heads, h * w)  # (B, 3, heads, d, N)
@@ -240,18 +184,19 @@ class AttentionBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """v_t = Encoder(x_0, t), the time-dependent encoder of Fig. 3: (B, C, H, W), (B,) -> (B, V).
+    """v_t = Encoder(x_0, t), the time-dependent encoder of Fig. 3.
 
-    The rank of a set of v cannot exceed the last width, base * mult[-1].
+    x_0 (B, C, H, W) in [-1, 1], t (B,) in 0..999 -> (B, V). But for the head's bias, v lies in a
+    subspace of base * mult[-1] dimensions, the last width.
     """
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.recompute = False  # activations, in backward
-        self.base, time_width = cfg.base, 4 * cfg.base
+        self.base = cfg.base
+        time_width = 4 * cfg.base
         self.time_mlp = nn.Sequential(
             nn.Linear(cfg.base, time_width), nn.SiLU(), nn.Linear(time_width, time_width)
-        )  # the SiLU before each block's own Linear is the same for all: `forward` takes it once
+        )
         self.stem = nn.Conv2d(cfg.channels, cfg.base * cfg.mult[0], 3, padding=1)
         self.layers = nn.ModuleList()
         width, side = cfg.base * cfg.mult[0], cfg.size
@@ -282,12 +227,11 @@ class Encoder(nn.Module):
         return [m.conv2 if isinstance(m, ResBlock) else m.proj for m in self.layers]
 
     def forward(self, x0: Tensor, t: Tensor) -> Tensor:
-        """v_t of clean images (B, C, H, W) in [-1, 1] at times (B,) in 0..999 -> (B, V)."""
+        # Each block has a Linear layer of its own after the SiLU of time, which is taken once here.
         time = F.silu(self.time_mlp(sinusoid(t, self.base).to(x0.dtype)))  # (B, E)
-        h = self.stem(x0)  # (B, base, H, W)
+        h = self.stem(x0)  # (B, base * mult[0], H, W)
         for layer in self.layers:
-            args = (h, time) if isinstance(layer, ResBlock) else (h,)
-            h = apply(layer, *args, recompute=self.recompute)  # (B, C_l, H_l, W_l)
+            h = layer(h, time) if isinstance(layer, ResBlock) else layer(h)  # (B, C_l, H_l, W_l)
         h = F.silu(self.norm(h)).mean((2, 3))  # (B, C_last)
         return self.head(h)  # (B, V)
 
@@ -345,7 +289,6 @@ class DiTBlock(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """As the class says."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(c).chunk(6, dim=1)  # (B, D) each
         x = x + gate1[:, None] * self.self_attention(modulate(self.norm1(x), shift1, scale1))
         x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -362,7 +305,6 @@ class DiT(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.recompute = False  # activations, in backward
         self.patch, self.channels = cfg.patch, cfg.channels
         pixels = cfg.patch**2 * cfg.channels
         self.embed = nn.Linear(pixels, cfg.hidden)
@@ -380,7 +322,7 @@ class DiT(nn.Module):
 
     def init_weights(self) -> None:
         """All of DiT's initialisation in one place."""
-        # Linear layers: Xavier-uniform, no bias.
+        # Linear layers: Xavier-uniform, bias zero.
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
@@ -394,13 +336,12 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """eps_theta(x_t, t, v_t) of Eq. 4.6, shapes as the class says."""
         x = self.embed(patchify(x_t, self.patch)) + self.positions  # (B, N, D)
         time = sinusoid(t, self.TIME_WIDTH).to(x_t.dtype)  # (B, 256)
         c = F.silu(self.time_mlp(time) + self.v_proj(v))  # (B, D), the same SiLU for all blocks
         for block in self.blocks:
-            x = apply(block, x, c, recompute=self.recompute)  # (B, N, D)
-        shift, scale = self.ada(c).chunk(2, dim=1)  # (B, D)
+            x = block(x, c)  # (B, N, D)
+        shift, scale = self.ada(c).chunk(2, dim=1)  # (B, D) each
         x = self.out(modulate(self.norm(x), shift, scale))  # (B, N, p * p * C)
         return unpatchify(x, self.patch, self.channels)  # (B, C, H, W)
 
@@ -408,7 +349,7 @@ class DiT(nn.Module):
 class DiER(nn.Module):
     """Both networks: eps_theta(x_t, t, Encoder(x_0, t)) of Eq. 4.6.
 
-    x_t, x0 (B, C, H, W) and t (B,) int -> eps (B, C, H, W).
+    x_t (B, C, H, W), t (B,) int, x0 (B, C, H, W) -> eps (B, C, H, W). v_t is made on the way.
     """
 
     def __init__(self, cfg: ModelConfig, encoder: type[Encoder] = Encoder):
@@ -416,15 +357,42 @@ class DiER(nn.Module):
         self.encoder = encoder(cfg)
         self.dit = DiT(cfg)
 
-    def checkpoint_activations(self, on: bool) -> None:
-        """Keep only the inputs of blocks for backward: less memory, a third more time."""
-        self.encoder.recompute = self.dit.recompute = on
-
     def forward(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-        """The guess of the noise; v_t is made on the way."""
         return self.dit(x_t, t, self.encoder(x0, t))
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Number of trainable numbers in a module."""
-    return sum(p.numel() for p in module.parameters())
+# ---------------------------------------------------------------------------- Table 4
+#
+# A row has the sizes of both networks and the recipe that goes with them; each column is a flag of
+# train.py. `paper` is Table 4: 32 pixels for mnist, cifar10, cifar100; 64 for tiny-imagenet; 256
+# for bccd, oct2017. `cpu` is the same architecture at a size that two cores train in minutes: few
+# pixels, large patches, small batches, since steps count more than images in a short run. Two
+# bounds hold for every row. The last width of the encoder, base x mult, bounds the rank of v. And
+# a token must hold the noise of its patch: of patch^2 x channels numbers the share beyond `hidden`
+# stays in the loss for ever, so the digits take patch 8 (64 numbers) and colour patch 4 (48).
+
+# fmt: off
+COLUMNS = (
+    "size", "patch", "hidden", "depth", "heads",  # images and DiT
+    "base", "blocks", "mult", "attention", "enc_heads", "dropout",  # encoder
+    "batch_size", "lr", "epochs",  # recipe
+)
+TABLE = {
+    #     size patch hidden depth heads base blocks mult attention enc_heads dropout batch lr epochs
+    "paper 32":    (32, 2, 192, 12, 3,  128, 2, (1, 2, 3, 4), (16, 8), 4, 0.1,      128, 1e-4, 200),
+    "paper 64":    (64, 4, 384, 12, 6,  128, 2, (1, 2, 3, 4), (16, 8), 4, 0.1,      128, 1e-4, 200),
+    "paper 256":  (256, 8, 768, 16, 12, 256, 2, (1, 1, 2, 2, 3, 4), (16, 8), 4, 0.1, 16, 1e-5, 200),
+    "cpu glyphs":  (16, 8, 128, 4, 4,    16, 1, (1, 2, 4), (4,), 4, 0.0,             32, 2e-3, 16),
+    "cpu mnist":   (16, 8, 128, 4, 4,    16, 1, (1, 2, 8), (4,), 4, 0.0,             64, 2e-3, 10),
+    "cpu 32":      (16, 4, 128, 4, 4,    16, 1, (1, 2, 8), (4,), 4, 0.0,             64, 2e-3, 7),
+    "cpu 64":      (32, 4, 128, 4, 4,    16, 1, (1, 2, 4, 8), (4,), 4, 0.0,          32, 1e-3, 2),
+    "cpu 256":     (64, 8, 256, 4, 4,    16, 1, (1, 2, 2, 4, 8), (4,), 4, 0.0,       32, 1e-3, 7),
+    "cpu oct2017": (64, 8, 256, 4, 4,    16, 1, (1, 2, 2, 4, 8), (4,), 4, 0.0,       32, 1e-3, 1),
+}
+# fmt: on
+PRESETS = ("paper", "cpu")
+
+
+def table_row(preset: str, data: str, row: int) -> dict:
+    """{column: value} of a set's own row, else of the row for its input size (32, 64 or 256)."""
+    return dict(zip(COLUMNS, TABLE.get(f"{preset} {data}") or TABLE[f"{preset} {row}"]))

@@ -2,81 +2,332 @@
 
     python probe.py                     the newest run at t = 0, 100, ..., 900, 999
     python probe.py --t 400             one t; --t 100,400 two
-    python probe.py --run mnist --data glyphs       the features of another set (transfer)
+    python probe.py --name mnist --data glyphs      the features of another set (transfer)
     python probe.py --norm none         the paper's stated protocol: features as they are
 
-Each image is encoded once for each t (features.py); then the heads of all t are trained in one
-batched product (heads.py). `top1` is the accuracy on the test set, `held_out` on training images
-that a head did not see. t is chosen by `held_out`, which never looks at a test label; the paper
-reports the best t on the test set, which stands here as `oracle`.
+For each t: encode every image once, standardise, train the heads, print a row. `top1` is the
+accuracy on the test set, `held_out` on training images that a head did not see. t is chosen by
+`held_out`, which never looks at a test label; the paper reports the best t on the test set, which
+stands here as `oracle`. Floors stand beside the result: raw pixels, and encoders never trained.
 
-probe.json: rows [{t, top1, top5, knn, held_out}] (top5 null for 10 classes or fewer; top1_std with
---seeds), chosen_t, test_top1, oracle_t, oracle_top1, floors {pixels, untrained, random}, n_test,
-protocol, run. Accuracies in percent. Other protocols write probe-SUFFIX.json.
+probe.json holds the standard sweep: rows [{t, top1, top5, held_out, knn}] (top5 null for 10 classes
+or fewer), chosen_t, test_top1, oracle_t, oracle_top1, floors {pixels, untrained, random}, n_train,
+n_test, protocol, name. Accuracies are in percent. Any flag of the protocol unlike its default puts
+its name and value into the file's: probe-t-400.json.
 
-Shapes: N images, B batch, V = 1024, K classes, S number of t.
+Shapes: N training and M test images, B batch, V = 1024, K classes, H heads.
 """
 
 import argparse
 import json
-import os
-import sys
+import math
+import re
+import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
-from data import Split, load
+from data import Split, fail, load, mix_seed, progress, replace_file, to_float
 from diffusion import T
-from features import encode, moments, raw_pixels, standardise, to_channels
-from files import written_whole
-from heads import FEW, WARMUP, WEIGHT_DECAY, Task, binomial_interval, choose, make_folds
-from parallel import (
-    ALONE,
-    World,
-    ending_together,
-    first_alone,
-    join,
-    share_from_first,
-    world_from_environment,
-)
-from runs import (
-    BASELINES,
-    DIER,
-    Method,
+from train import (
+    AMP,
+    RUNS,
     Parser,
+    build_dier,
     count,
-    fail,
     find_run,
+    guard,
+    load_model,
     pick_amp,
     pick_device,
     positive,
-    read_checkpoint,
-    require_method,
-    restore_model,
-    run_main,
+    read_config,
     whole,
 )
 
 TIMES = [*range(0, T, 100), T - 1]  # Sec. A.2: "11 times at intervals of 100 ... from 0 to 999"
+WEIGHT_DECAY, EPOCHS, WARMUP = 0.05, 100, 10  # of the heads (Sec. A.2); warm-up in epochs
+BATCH = 256  # of the heads; the paper does not say
+FEW = 5_000  # with fewer training images one tenth is too small a sample to choose t by
+PIXELS = 32  # raw pixels are compared at 32 x 32 at most: 256 x 256 are 196,608 weights a class
+NEIGHBOURS = 20
+BLOCK = 250  # images encoded at once
 FLOORS = ("untrained", "random")
 
+# ---------------------------------------------------------------------------- features
 
-# ---------------------------------------------------------------------------- floors
+
+@torch.no_grad()
+def encode(
+    encoder: nn.Module, images: np.ndarray, t: int, device: torch.device, what: str
+) -> Tensor:
+    """v_t of uint8 images (N, C, H, W) -> (N, V) in half precision, on the device; `what` names
+    them in the progress line. The encoder is in eval mode: no dropout, and nothing of it changes.
+    """
+    encoder = encoder.to(device).eval()
+    amp = pick_amp("auto", device)
+    parts = []
+    blocks = range(0, len(images), BLOCK)
+    for first in progress(
+        blocks, f"encoding {what}", len(images), "images", lambda: BLOCK * len(parts)
+    ):
+        block = np.array(images[first : first + BLOCK])  # a copy: torch wants no read-only memory
+        x0 = to_float(torch.from_numpy(block).to(device))
+        times = torch.full((len(x0),), t, device=device)
+        with torch.autocast(device.type, AMP[amp], enabled=amp != "off"):
+            parts.append(encoder(x0, times).half())
+    return torch.cat(parts)
 
 
-def untrained_encoder(settings: dict[str, Any], random: bool, method: Method = DIER) -> nn.Module:
-    """The encoder as initialised; with `random` its zero convolutions are redrawn by PyTorch's
-    default, since as initialised its residual branches are off."""
+def raw_pixels(images: np.ndarray) -> Tensor:
+    """The floor of no network: uint8 (N, C, H, W) -> (N, C * h * w) in half precision, h x w being
+    32 x 32 by averaging where the images are larger."""
+    parts = []
+    for first in range(0, len(images), BLOCK):
+        x = to_float(torch.from_numpy(np.array(images[first : first + BLOCK])))
+        if x.shape[2] > PIXELS:
+            x = F.interpolate(x, (PIXELS, PIXELS), mode="area")
+        parts.append(x.flatten(1).half())
+    return torch.cat(parts)
+
+
+def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Subtract the training mean and divide by the training std, as the batch norm of MAE's probe
+    does: (N, V), (M, V) -> the same shapes in half precision. A constant feature becomes 0."""
+    mean, std = train.float().mean(0), train.float().std(0, correction=0)
+    std = torch.where(std > 1e-6, std, 1.0)
+    # Where training images hardly differ, a test image may lie beyond half precision.
+    largest = torch.finfo(torch.half).max
+    both = [((x.float() - mean) / std).clamp(-largest, largest).half() for x in (train, test)]
+    return both[0], both[1]
+
+
+# ---------------------------------------------------------------------------- heads
+
+
+def make_folds(n: int, groups: np.ndarray | None) -> np.ndarray:
+    """Fold of each training image, int64 (n,): 0 .. F - 1 are held out in turn, -1 never.
+
+    From 5,000 images on F = 1, one tenth; below, F = 5 and every image is held out once. Images of
+    one group (a patient, a source picture) are never apart.
+    """
+    unit = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
+    order = np.random.default_rng(mix_seed(0, 1)).permutation(unit.max() + 1)
+    share = order[unit] / (unit.max() + 1)  # in [0, 1)
+    if n >= FEW:
+        return np.where(share < 0.1, 0, -1)
+    return (share * 5).astype(np.int64)
+
+
+def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
+    """Linear warm-up to the peak, then linear decay to 0 (Sec. A.2), by step in 0 .. total - 1."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (total - step) / (total - warmup)
+
+
+def train_heads(
+    x: Tensor, y: Tensor, folds: Tensor, classes: int, epochs: int, peak: float
+) -> nn.Linear:
+    """All heads of one t as one linear layer (V -> H * K), H = 1 + folds; x (N, V), y, folds (N,).
+
+    Head 0 learns from every image, head f + 1 from those outside fold f: for the others its target
+    is cross_entropy's ignore_index, -100. The loss is the sum over heads of the mean over images,
+    so each learns as if alone. The weights are those after the last epoch: nothing is selected.
+    """
+    n, width = x.shape
+    heads = 2 + int(folds.max())
+    generator = torch.Generator().manual_seed(mix_seed(0, 2))
+    layer = nn.Linear(width, heads * classes, device=x.device)
+    with torch.no_grad():
+        layer.weight.copy_(0.01 * torch.randn(layer.weight.shape, generator=generator))
+        layer.bias.zero_()
+    optimizer = torch.optim.AdamW(layer.parameters(), peak, weight_decay=WEIGHT_DECAY, fused=True)
+
+    unseen = folds[:, None] == torch.arange(-1, heads - 1, device=x.device)  # (N, H)
+    unseen[:, 0] = False  # head 0 sees images of no fold, -1, as well
+    targets = torch.where(unseen, -100, y[:, None])  # (N, H)
+    batch = min(BATCH, n)
+    steps = n // batch  # an epoch; the rest of a permutation is dropped, so every batch is full
+    total, warmup = epochs * steps, min(WARMUP, epochs) * steps
+    for epoch in progress(range(epochs), "heads", epochs, "epochs"):
+        order = torch.randperm(n, generator=generator).to(x.device)
+        for step in range(steps):
+            index = order[step * batch : (step + 1) * batch]
+            rate = learning_rate(epoch * steps + step, total, warmup, peak)
+            optimizer.param_groups[0]["lr"] = rate
+            logits = layer(x[index].float()).view(batch, heads, classes)
+            target = targets[index]  # (B, H)
+            loss = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")  # (B, H)
+            loss = loss.sum(0) / (target >= 0).sum(0).clamp(min=1)  # (H,)
+            optimizer.zero_grad()
+            loss.sum().backward()
+            optimizer.step()
+    return layer.requires_grad_(False)
+
+
+def evaluate(
+    train: Tensor, test: Tensor, labels: list[Tensor], folds: Tensor, protocol: dict[str, Any]
+) -> dict[str, float | None]:
+    """Train the heads on features (N, V), score them on (M, V) and on the folds that they did not
+    see: {top1, top5 (None up to 10 classes), held_out} in percent. Of equal scores the first class
+    is the guess, so features without information give chance."""
+    y_train, y_test = labels
+    classes = protocol["classes"]
+    layer = train_heads(train, y_train, folds, classes, protocol["epochs"], protocol["lr"])
+    scores = layer(test.float())[:, :classes]  # (M, K) of head 0
+    top5 = None
+    if classes > 10:
+        hits = (scores.topk(5, dim=1).indices == y_test[:, None]).any(1)
+        top5 = 100 * hits.double().mean().item()
+    held = (folds >= 0).nonzero()[:, 0]  # (n,)
+    logits = torch.cat([layer(part.float()) for part in train[held].split(5000)])  # (n, H * K)
+    guesses = logits.view(len(held), -1, classes).argmax(2)  # (n, H)
+    unseen = guesses.gather(1, folds[held, None] + 1)[:, 0]  # (n,), of the head that leaves it out
+    return {
+        "top1": 100 * (scores.argmax(1) == y_test).double().mean().item(),
+        "top5": top5,
+        "held_out": 100 * (unseen == y_train[held]).double().mean().item(),
+    }
+
+
+def knn(train: Tensor, test: Tensor, labels: list[Tensor], classes: int) -> float:
+    """Percent of test images (M, V) whose 20 nearest training images (N, V), by cosine, vote for
+    their class; of equal votes the lowest class wins."""
+    y_train, y_test = labels
+    train = F.normalize(train.float(), dim=1)
+    hits = 0
+    for x, y in zip(test.split(1000), y_test.split(1000)):
+        cosine = F.normalize(x.float(), dim=1) @ train.T  # (1000, N)
+        near = cosine.topk(min(NEIGHBOURS, len(train)), dim=1).indices  # (1000, 20)
+        votes = F.one_hot(y_train[near], classes).sum(1)  # (1000, K)
+        hits += (votes.argmax(1) == y).sum().item()
+    return 100 * hits / len(y_test)
+
+
+def wilson(percent: float, n: int) -> tuple[float, float]:
+    """Wilson's 95% interval, in percent, of an accuracy measured on n images."""
+    p, z = percent / 100, 1.96
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = (100 * edge / (1 + z * z / n) for edge in (centre - spread, centre + spread))
+    return max(0.0, low), min(100.0, high)
+
+
+# ---------------------------------------------------------------------------- the probe
+
+
+def choose(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """The row with the largest `key`, the smallest t of equals."""
+    return max(rows, key=lambda row: (row[key], -row["t"]))
+
+
+def untrained_encoder(settings: dict[str, Any], random: bool) -> nn.Module:
+    """An encoder that was never trained. At initialisation the last convolution of each residual
+    branch is zero, so its branches are off; `random` re-initialises those too."""
     torch.manual_seed(settings["seed"])
-    encoder = method.build(settings).encoder
+    encoder = build_dier(settings).encoder
     if random:
         for layer in encoder.zero_initialised():
             layer.reset_parameters()
     return encoder
+
+
+def probe(
+    encoder: nn.Module,
+    floors: dict[str, nn.Module],
+    times: list[int],
+    splits: tuple[Split, Split],
+    device: torch.device,
+    protocol: dict[str, Any],
+    export: Path | None = None,
+) -> dict[str, Any]:
+    """The whole protocol at each of the times for an encoder that maps images (B, C, H, W) and t
+    (B,) to v (B, V); prints a row as soon as it is known. Then scores `floors` at the chosen t, and
+    raw pixels too; an empty `floors` skips both. Returns what probe.json holds, but for its name.
+
+    `protocol` has norm, epochs, lr and classes. With `export`, v_t is written there as well, as an
+    .npz: x_train_T (N, V) and x_test_T (M, V) in half precision for each time T, y_train, y_test.
+    """
+    labels = [torch.from_numpy(split.labels).to(device) for split in splits]
+    folds = torch.from_numpy(make_folds(len(labels[0]), splits[0].groups)).to(device)
+    classes = protocol["classes"]
+
+    def features(encoder: nn.Module, t: int, what: str) -> list[Tensor]:
+        """v_t of the training and of the test images."""
+        kinds = zip(splits, ("train", "test"))
+        return [encode(encoder, x.images, t, device, f"{what} of {kind}") for x, kind in kinds]
+
+    def score(train: Tensor, test: Tensor) -> dict[str, Any]:
+        """What a row says of features (N, V) and (M, V)."""
+        if protocol["norm"] == "std":
+            train, test = standardise(train, test)
+        row = evaluate(train, test, labels, folds, protocol)
+        return {**row, "knn": knn(train, test, labels, classes)}
+
+    rows = []
+    print(f"\n   t  held-out   top-1{'   top-5' if classes > 10 else ''}     kNN", flush=True)
+    with zipfile.ZipFile(export, "w") if export else nullcontext() as archive:
+        for t in times:
+            train, test = features(encoder, t, f"v_{t}")
+            if archive:
+                write_arrays(archive, {f"x_train_{t}": train, f"x_test_{t}": test})
+            row = {"t": t, **score(train, test)}
+            rows.append(row)
+            numbers = (row["held_out"], row["top1"], row["top5"], row["knn"])
+            print(f"{t:>4}  " + "".join(f"{x:8.2f}" for x in numbers if x is not None), flush=True)
+        if archive:
+            write_arrays(archive, {"y_train": labels[0], "y_test": labels[1]})
+
+    chosen, oracle = choose(rows, "held_out"), choose(rows, "top1")
+    scores = {}
+    if floors:
+        pixels = [raw_pixels(split.images).to(device) for split in splits]
+        scores["pixels"] = score(*pixels)["top1"]
+    for kind, floor in floors.items():
+        scores[kind] = score(*features(floor, chosen["t"], kind))["top1"]
+    result = {"rows": rows, "floors": scores, "protocol": protocol}
+    result |= {"chosen_t": chosen["t"], "test_top1": chosen["top1"]}
+    result |= {"oracle_t": oracle["t"], "oracle_top1": oracle["top1"]}
+    return result | {"n_train": len(labels[0]), "n_test": len(labels[1])}
+
+
+def write_arrays(archive: zipfile.ZipFile, arrays: dict[str, Tensor]) -> None:
+    """Add arrays to an open .npz, which is a .zip of .npy files."""
+    for name, array in arrays.items():
+        with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array(file, array.cpu().numpy())
+
+
+def print_summary(result: dict[str, Any]) -> None:
+    """Print the choice of t, the oracle, the floors and the protocol of what `probe` returns."""
+    n_train, n_test, p = result["n_train"], result["n_test"], result["protocol"]
+    top1 = result["test_top1"]
+    low, high = wilson(top1, n_test)
+    several = len(result["rows"]) > 1
+    which = "chosen by held-out training images" if several else "given"
+    print(
+        f"\nt = {result['chosen_t']} ({which}): test top-1 {top1:.2f}%, 95% interval {low:.2f} to "
+        f"{high:.2f} ({n_test:,} test images)"
+    )
+    if several:
+        print(
+            f"oracle: t = {result['oracle_t']} is best on the test set, as the paper reports: "
+            f"{result['oracle_top1']:.2f}%"
+        )
+    print("floors: " + ", ".join(f"{kind} {value:.2f}" for kind, value in result["floors"].items()))
+    print(
+        f"protocol: {p['weights']} weights at step {p['step']:,}, norm {p['norm']}, AdamW lr "
+        f"{p['lr']:g}, decay {WEIGHT_DECAY}, batch {min(BATCH, n_train)},\n"
+        f"  {p['epochs']} epochs (warm-up {min(WARMUP, p['epochs'])}, then linear to 0), "
+        f"{n_train:,} training images, held-out {'a tenth' if n_train >= FEW else '5-fold'}"
+    )
 
 
 # ---------------------------------------------------------------------------- command line
@@ -84,245 +335,89 @@ def untrained_encoder(settings: dict[str, Any], random: bool, method: Method = D
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag, with its unit and default."""
-    p = Parser(description="Linear probe of a DiER run.")
-    p.add_argument("--t", help="times in 0..999, such as 400 or 100,400 (0, 100, ..., 900, 999)")
-    p.add_argument("--run", help="name or path of a run (the newest)")
-    p.add_argument("--data", help="another set than the run's: transfer")
-    p.add_argument("--data-dir", type=Path, help="sets live here (the run's)")
-    p.add_argument(
-        "--norm",
-        choices=["std", "none"],
-        default="std",
-        help="standardise features by the training set, or not, as the paper says (std)",
-    )
-    p.add_argument("--weights", choices=["ema", "raw"], default="ema", help="which weights (ema)")
-    p.add_argument("--epochs", type=whole, default=100, help="epochs of the heads (100)")
-    p.add_argument("--lr", type=positive, help="peak learning rate (2 x the paper's: 2e-4 or 2e-5)")
-    p.add_argument("--batch-size", type=whole, default=256, help="of the heads (256)")
-    p.add_argument("--seeds", type=whole, default=1, help="average over N seeds of the heads (1)")
-    p.add_argument(
-        "--limit",
-        type=count,
-        default=0,
-        help="N training and N test images, equal over the classes (0 = all)",
-    )
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
-    p.add_argument(
-        "--amp",
-        choices=["auto", "bf16", "fp16", "off"],
-        default="auto",
-        help="precision of the encoder (auto)",
-    )
-    p.add_argument(
-        "--export",
-        type=Path,
-        metavar="FILE.npz",
-        help="save features (S, N, V), labels, split (0 train, 1 test), t, mean, std, run",
-    )
-    return p  # fmt: skip
+    p = Parser(__doc__)
+    add = p.add_argument
+    times = "times in 0..999, such as 400 or 100,400 (0, 100, ..., 900, 999)"
+    add("--t", type=parse_times, help=times)
+    add("--name", help="the run in runs/NAME (the newest)")
+    add("--data", help="another set than the run's: transfer")
+    add("--data-dir", help="sets live here (the run's)")
+    norm = "standardise features by the training set, or not, as the paper says (std)"
+    add("--norm", choices=["std", "none"], help=norm)
+    add("--weights", choices=["ema", "raw"], help="the weights' average, or the weights (ema)")
+    add("--epochs", type=whole, help="epochs of the heads (100)")
+    add("--lr", type=positive, help="peak learning rate (2 x the paper's: 2e-4 or 2e-5)")
+    add("--limit", type=count, help="N training and N test images, equal over classes (0 = all)")
+    add("--device", help="auto, cpu, cuda, cuda:1 (auto: cuda if any)")
+    add("--export", metavar="FILE.npz", help="save v_t as well: x_train_400, ..., y_train, y_test")
+    return p
 
 
-def parse_times(text: str | None) -> list[int]:
-    """ "100,400" -> [100, 400]; None -> the eleven of the paper."""
-    if text is None:
-        return TIMES
+def parse_times(text: str) -> list[int]:
+    """The times of --t, sorted: "400,100" -> [100, 400]; argparse's error outside 0..999."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) < T for part in parts):
-        fail(f"--t {text}: give whole numbers in 0..{T - 1}, such as --t 100,400")
+        raise argparse.ArgumentTypeError(f"{text}: give whole numbers in 0..{T - 1}, as in 100,400")
     return sorted({int(part) for part in parts})
 
 
+def result_path(folder: Path, typed: dict[str, Any], standard: dict[str, Any]) -> Path:
+    """probe.json for the standard sweep; a flag unlike its default adds its name and value."""
+    words = ["probe"]
+    for key in ("t", "data", "limit", "norm", "epochs", "lr", "weights"):
+        if key in typed and typed[key] != standard[key]:
+            value = "-".join(map(str, typed[key])) if key == "t" else str(typed[key])
+            value = re.sub(r"[^\w.-]+", "_", value)  # slashes: a/set and b/set are two sets
+            words += [key, value]
+    return folder / ("-".join(words) + ".json")
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Find DiER's run, probe it."""
-    args = build_parser().parse_args(argv)
-    run = find_run(args.run)
-    state = read_checkpoint(run)
-    require_method(run, state["settings"], DIER, f"{BASELINES} --probe")
-    probe_run(run, state, args, DIER)
-
-
-def probe_run(
-    run: Path, state: dict[str, Any], args: argparse.Namespace, method: Method
-) -> dict[str, Any] | None:
-    """Probe the encoder of a run's checkpoint, and the floors; returns what probe.json holds."""
-    settings, world = state["settings"], world_from_environment()
-    if args.t and not method.timed:
-        fail(f"--t {args.t}: the features of {method.name} do not depend on t; leave it out")
-    times = parse_times(args.t) if method.timed else [None]
-    if world.rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, one process speaks for all
-    model = restore_model(state, method, args.weights)
-    floors = {
-        kind: untrained_encoder(settings, kind == "random", method)
-        for kind in FLOORS
-        if kind != "random" or hasattr(model.encoder, "zero_initialised")
+    """Find the run, probe it, print and write the result."""
+    typed = vars(build_parser().parse_args(argv))
+    folder = find_run(typed.pop("name", None))
+    method = read_config(folder).get("method", "dier")
+    if method != "dier":
+        fail(f"{folder} is a run of {method}: appendix.baselines probes it")
+    export = Path(typed["export"]) if "export" in typed else None
+    if export and export.is_dir():
+        fail(f"--export {export} is a folder: name a file, such as {export / 'v.npz'}")
+    model, saved = load_model(folder, weights=typed.get("weights", "ema"))
+    settings, device = saved["settings"], pick_device(typed.get("device", "auto"))
+    standard = {
+        "t": TIMES,
+        "data": settings["data"],
+        "limit": 0,
+        "norm": "std",
+        "epochs": EPOCHS,
+        "lr": 2e-5 if settings["row"] == 256 else 2e-4,
+        "weights": "ema",
     }
-    with ending_together(world, run):
-        return probe(model.encoder, floors, times, args, settings, state["step"], run, world)
+    protocol = {key: typed.get(key, value) for key, value in standard.items()}
+    times, name, limit = protocol.pop("t"), protocol["data"], protocol["limit"]
+    print(f"{folder}, step {saved['step']:,}, {device}")
+    data_dir = Path(typed.get("data_dir", settings["data_dir"]))
+    splits = load(name, settings["size"], settings["channels"], data_dir, limit)
+    classes = len(splits[0].class_names)
+    if classes < 2:
+        fail(f"{name} has no classes, and a probe needs two: lay it out as CLASS/*")
+    protocol |= {"classes": classes, "step": saved["step"]}
+    floors = {kind: untrained_encoder(settings, kind == "random") for kind in FLOORS}
 
+    result = {"name": str(folder.relative_to(RUNS))}
 
-def probe(
-    encoder: nn.Module,
-    floors: dict[str, nn.Module],
-    times: list[int | None],
-    args: argparse.Namespace,
-    settings: dict[str, Any],
-    step: int,
-    run: Path,
-    world: World = ALONE,
-) -> dict[str, Any] | None:
-    """Encode, train the heads, print the table, write probe.json: the whole protocol for encoder
-    and floors, each (B, C, H, W), (B,) -> (B, V), without time at [None]; returns probe.json."""
-    device = join(world, pick_device(args.device))
-    amp = pick_amp(args.amp, device)
-    name = args.data or settings["data"]
-    data_dir = args.data_dir or Path(settings["data_dir"])
-    with first_alone(world):
-        splits = [load(name, s, settings["size"], data_dir, args.limit) for s in ("train", "test")]
-    if splits[0].labels is None:
-        fail(f"{name} has no classes, and a probe needs them: lay it out as CLASS/* (see README)")
-    images = [to_channels(split, settings["channels"]) for split in splits]
-    task, protocol = make_task(splits, args, settings, device, step)
+    def run(to: Path | None = None) -> None:
+        result.update(probe(model.encoder, floors, times, splits, device, protocol, to))
 
-    def encode_both(encoder: nn.Module, at: list[int | None], what: str) -> list[Tensor]:
-        """Features of the training and the test images."""
-        encoder.to(device)
-        parts = zip(images, ("train", "test"))
-        return [encode(encoder, x, at, device, amp, f"{s}, {what}", run, world) for x, s in parts]
-
-    n_train, n_test = len(task.y_train), len(task.y_test)
-    print(f"run {run}, step {step:,}: {name}, {n_train:,} + {n_test:,} images, {device}")
-    values, rows, path = encode_both(encoder, times, "v_t"), [], result_path(run, args)
-    if world.rank == 0:
-        if args.export:
-            export(args.export, values, times, task, run)
-        if args.norm == "std":
-            standardise(*values)
-        rows = merge_rows(path, task.rows(*values, times), protocol)
-    del values
-    both = [choose(rows, key) for key in ("held_out", "top1")] if rows else None
-    chosen, oracle = share_from_first(world, both)
-    sources = {"pixels": [raw_pixels(x) for x in images]}
-    for kind, untrained in floors.items():
-        sources[kind] = encode_both(untrained, [chosen["t"]], kind)
-    if world.rank:
-        return None
-    scores = {}
-    for kind, both in sources.items():
-        if args.norm == "std":
-            standardise(*both)
-        scores[kind] = task.evaluate(*both)[0]["top1"]
-    result = {
-        "rows": rows, "chosen_t": chosen["t"], "test_top1": chosen["top1"],
-        "oracle_t": oracle["t"], "oracle_top1": oracle["top1"], "floors": scores,
-        "n_test": n_test, "protocol": protocol, "run": str(run),
-    }  # fmt: skip
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-    print_table(result, n_train, path)
-    return result
-
-
-def make_task(
-    splits: list[Split],
-    args: argparse.Namespace,
-    settings: dict[str, Any],
-    device: torch.device,
-    step: int,
-) -> tuple[Task, dict[str, Any]]:
-    """The task of the heads, and the protocol as probe.json states it."""
-    y_train, y_test = (torch.from_numpy(split.labels).to(device) for split in splits)
-    folds = torch.from_numpy(make_folds(len(y_train), splits[0].groups, 0)).to(device)
-    lr, classes = args.lr or (2e-5 if settings["row"] == 256 else 2e-4), splits[0].class_names
-    task = Task(y_train, y_test, folds, len(classes), args.epochs, lr, args.batch_size, args.seeds)
-    return task, {
-        "epochs": args.epochs, "lr": lr, "batch_size": args.batch_size, "seeds": args.seeds,
-        "norm": args.norm, "weights": args.weights, "data": args.data or settings["data"],
-        "limit": args.limit, "held_out": "a tenth" if len(y_train) >= FEW else "5-fold",
-        "step": step,
-    }  # fmt: skip
-
-
-def export(path: Path, features: list[Tensor], times: list[int], task: Task, run: Path) -> None:
-    """Write the features as they come from the encoder, in half precision, train before test, with
-    the mean and std (S, V) of the training part."""
-    mean, std = (x[:, 0] for x in moments(features[0]))
-    arrays = {
-        "features": torch.cat(features).transpose(0, 1),
-        "labels": torch.cat([task.y_train, task.y_test]),
-        "split": torch.arange(2).repeat_interleave(
-            torch.tensor([len(task.y_train), len(task.y_test)])
-        ),
-        "t": torch.tensor([-1 if t is None else t for t in times]),  # -1: without time
-        "mean": mean, "std": std,
-    }  # fmt: skip
-
-    with written_whole(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, run=str(run), **{k: v.cpu().numpy() for k, v in arrays.items()})
-    print(f"features: {path}")
-
-
-def result_path(run: Path, args: argparse.Namespace) -> Path:
-    """probe.json for the standard protocol, else probe-SUFFIX.json."""
-    suffix = [Path(args.data).name] if args.data else []
-    suffix += ["none"] if args.norm == "none" else []
-    suffix += ["raw"] if args.weights == "raw" else []
-    suffix += [f"limit{args.limit}"] if args.limit else []
-    suffix += [f"epochs{args.epochs}"] if args.epochs != 100 else []
-    suffix += [f"lr{args.lr:g}"] if args.lr else []
-    suffix += [f"batch{args.batch_size}"] if args.batch_size != 256 else []
-    suffix += [f"seeds{args.seeds}"] if args.seeds > 1 else []
-    return run / ("-".join(["probe", *suffix]) + ".json")
-
-
-def merge_rows(path: Path, rows: list[dict], protocol: dict) -> list[dict]:
-    """Old rows of other t join where checkpoint and protocol are the same; else the old file is
-    kept as probe-STEP.json."""
-    if not path.exists():
-        return rows
-    old = json.loads(path.read_text())
-    if old["protocol"] != protocol:
-        path.replace(path.with_name(f"{path.stem}-{old['protocol']['step']}.json"))
-        return rows
-    merged = {row["t"]: row for row in old["rows"] + rows}
-    return [merged[t] for t in sorted(merged)]
-
-
-def print_table(result: dict[str, Any], n_train: int, path: Path) -> None:
-    """The table: a row and a bar for each t, the choice, the oracle, the floors, the protocol."""
-    top5 = result["rows"][0]["top5"] is not None
-    print(f"\n   t  held-out   top-1{'   top-5' if top5 else ''}     kNN")
-    low = min(row["top1"] for row in result["rows"]) - 1
-    high = max(row["top1"] for row in result["rows"])
-    for row in result["rows"]:
-        bar = "#" * round(30 * (row["top1"] - low) / (high - low))
-        spread = f" +- {row['top1_std']:.2f}" if "top1_std" in row else ""
-        five = f"{row['top5']:8.2f}" if top5 else ""
-        t = "-" if row["t"] is None else row["t"]
-        print(
-            f"{t:>4}  {row['held_out']:8.2f}{row['top1']:8.2f}{five}{row['knn']:8.2f}  "
-            f"{bar}{spread}"
-        )
-    n, best = result["n_test"], result["test_top1"]
-    lower, upper = binomial_interval(best, n)
-    timed = result["chosen_t"] is not None
-    chosen = f"chosen t = {result['chosen_t']} (by held-out training images): " if timed else ""
-    print(f"\n{chosen}test top-1 {best:.2f}%")
-    print(f"  95% interval {lower:.2f} to {upper:.2f} ({n:,} test images)")
-    if timed:
-        print(f"oracle t = {result['oracle_t']} (best on the test set, as the paper reports): "
-              f"{result['oracle_top1']:.2f}%")  # fmt: skip
-    floors = ", ".join(f"{kind} {top1:.2f}" for kind, top1 in result["floors"].items())
-    print(f"floors: {floors}")
-    p = result["protocol"]
-    print(
-        f"protocol: {p['weights']} weights at step {p['step']:,}, features norm {p['norm']}, AdamW "
-        f"lr {p['lr']:g} decay {WEIGHT_DECAY}, batch {p['batch_size']}, {p['epochs']} epochs "
-        f"(warm-up {WARMUP}, linear to 0), {n_train:,} training images, held-out {p['held_out']}, "
-        f"{p['seeds']} seed(s); bars from {low:.1f}%"
-    )
+    if export:
+        replace_file(export, run)
+    else:
+        run()
+    print_summary(result)
+    path = result_path(folder, typed, standard)
+    replace_file(path, lambda to: to.write_text(json.dumps(result, indent=1) + "\n"))
     print(f"saved: {path}")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    guard(main)

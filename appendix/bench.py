@@ -2,275 +2,290 @@
 
     python -m appendix.bench                            the cpu preset on mnist's shapes
     python -m appendix.bench --preset paper --data cifar10 --batch-size 8
-    python -m appendix.bench --preset paper --data oct2017 --batch-size 2 --checkpoint-activations
-    python -m appendix.bench --growth                   how cost grows: a table and a chart
-    python -m appendix.bench --probe --preset paper --data cifar10
-    python -m appendix.bench --estimate                 hours of the Table 4 presets on GPUs
+    python -m appendix.bench --amp off --json bench.json
 
-Pixels are random, so no data set is needed. Program and plain reference (reference.py) run in
-processes of their own and take turns, so that a noisy machine disturbs both alike; memory is what
-a process peaked at minus what it had after its imports (on CUDA the allocator's peak). Times are
-medians over steps, with the quartiles as spread. MFU is the share of the speed that this machine
-reaches in a large matrix product of the same dtype, measured in the same run.
---json FILE writes everything printed, with ratio_images_per_s and ratio_peak_memory (program /
-reference) among the keys.
+Pixels are random, so no data set is needed. The program is train.py's loop as it is used: data,
+step, rows of the log, checkpoints; its own log gives the times. The plain reference is
+tests/reference.py in fp32. Both run in processes of their own and take turns, so that a noisy
+machine disturbs both alike. Memory is what a process peaked at minus what it had after its imports
+(on CUDA the allocator's peak). A speed is the median of its samples, with the quartiles as spread,
+and a share of the best matrix product of the same dtype (MFU), measured in the same run.
+
+--json FILE holds preset, data, size, batch_size, device, amp, threads, torch, parameters,
+flops_per_image; program and reference, each {images_per_s, quartile_1, quartile_3, samples,
+peak_bytes, mfu}; ratio_images_per_s and ratio_peak_memory (program / reference); peak_flops.
+
+Shapes: B batch, C channels, S pixels of a side.
 """
 
-import argparse
+import contextlib
 import json
+import multiprocessing
+import os
 import statistics
+import sys
+import tempfile
 import time
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-import heads
-import probe
 import train
-from appendix.chart import SHAPES, Canvas, Series, line_panel, style
-from appendix.counts import ASSUMED, TRAINING_IMAGES, estimate, flops_per_image, saved_bytes
-from appendix.measure import matmul_peak, split_times, take_turns
-from features import encode
-from files import written_whole
-from model import DiER
-from runs import (
-    Parser,
-    fail,
-    model_config,
-    parameter_counts,
-    pick_amp,
-    resolve,
-    run_main,
-    whole,
-)
+from appendix.baselines import flops_per_image
+from data import SETS, batch_index, fail, get_batch, on_device, progress, replace_file
+from model import PRESETS
+from tests.reference import PlainDiER, PlainTraining
+from train import ROW_STEPS
+
+TURNS, SECONDS = 5, 2.5  # turns of each side, and about how long one is
+WARMUP = 3  # steps of a turn that do not count: first calls, and a checkpoint after the first
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# ---------------------------------------------------------------------------- the two sides
+
+
+def random_pixels(settings: dict[str, Any]) -> np.ndarray:
+    """Four batches of uint8 images (4 B, C, S, S)."""
+    shape = (4 * settings["batch_size"], settings["channels"], settings["size"], settings["size"])
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+class Program:
+    """train.py's loop on random pixels; each turn trains on, as a run that begins anew."""
+
+    def __init__(self, settings: dict[str, Any], folder: Path):
+        self.settings, self.folder = settings, folder
+        self.net, self.pixels = train.build_dier(settings), random_pixels(settings)
+
+    def turn(self, n: int) -> list[float]:
+        """Seconds a step, from n rows of the log.
+
+        On a CPU these are rows of one step each. On CUDA such a row makes the host wait for the
+        device, so only rows 20 steps apart show the loop's speed; and the first of these began with
+        an idle device, so that it took the host less time than the device.
+        """
+        warmup, each = WARMUP, 1
+        if torch.device(self.settings["device"]).type == "cuda":
+            warmup, each = 2 * ROW_STEPS, ROW_STEPS
+        epochs = (warmup + each * n) / 4  # one has four batches
+        settings = {**self.settings, "epochs": epochs}
+        train.train(self.net, train.dier_loss, self.pixels, settings, self.folder)
+        rows = map(json.loads, (self.folder / "log.jsonl").read_text().splitlines())
+        batch = settings["batch_size"]
+        return [batch / row["images_per_s"] for row in rows if row["step"] > warmup]
+
+
+class Reference:
+    """The same steps written plainly."""
+
+    def __init__(self, settings: dict[str, Any], _: Path):
+        self.settings, self.device = settings, torch.device(settings["device"])
+        self.pixels = on_device(random_pixels(settings), self.device)
+        net = PlainDiER(train.model_config(settings)).to(self.device).train()
+        self.training = PlainTraining(net, settings["lr"], settings["ema"], settings["clip"])
+
+    def step(self) -> None:
+        """One step; its loss is read, so it waits for the device."""
+        n, batch = self.training.step, self.settings["batch_size"]
+        t, flips, eps = train.draw(0, n, (batch, *self.pixels.shape[1:]), self.device)
+        index = batch_index(len(self.pixels), n, batch, 0, self.pixels.device)
+        flips = flips if self.settings["flip"] else None
+        self.training(get_batch(self.pixels, index, self.device, flips), t, eps)
+
+    def turn(self, n: int) -> list[float]:
+        """Seconds of each of n steps after a warm-up."""
+        times = []
+        for _ in range(WARMUP + n):
+            start = time.perf_counter()
+            self.step()
+            times.append(time.perf_counter() - start)
+        return times[WARMUP:]
+
+
+# ---------------------------------------------------------------------------- measuring
+
+
+def memory(line: str) -> int:
+    """Bytes of this process: "VmRSS" has it now, "VmHWM" had it at most. Where there is no /proc
+    the peak stands for both."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split(f"{line}:")[1].split()[0]) * 1024
+    except OSError:
+        import resource  # Unix alone has it
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def work(
+    pipe: Connection, side: type, settings: dict[str, Any], folder: Path, threads: int
+) -> None:
+    """A process of its own: takes a turn of n whenever told n; at 0 tells its memory and ends."""
+    torch.set_num_threads(threads)
+    before = memory("VmRSS")
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        runner = side(settings, folder)
+        for n in iter(pipe.recv, 0):
+            pipe.send(runner.turn(n))
+    on_gpu = torch.device(settings["device"]).type == "cuda"
+    pipe.send(torch.cuda.max_memory_allocated() if on_gpu else memory("VmHWM") - before)
+
+
+def ask(pipe: Connection, process: BaseProcess, n: int) -> Any:
+    """Tell a process n and wait for its answer; exits where it has died."""
+    try:
+        pipe.send(n)
+        return pipe.recv()
+    except (EOFError, OSError):
+        process.join()
+    if process.exitcode == 2:  # it has said why
+        raise SystemExit(2)
+    fail("a measuring process ended early (out of memory?): try a smaller --batch-size")
+
+
+def take_turns(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Measure both sides -> {side: {"times": seconds a step, "peak": bytes}}."""
+    context, workers, counts = multiprocessing.get_context("spawn"), {}, {}
+    result: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name, side in (("program", Program), ("reference", Reference)):
+                pipe, far = context.Pipe()
+                job = partial(work, far, side, settings, Path(folder), torch.get_num_threads())
+                process = context.Process(target=train.guard, args=(job,))
+                process.start()
+                far.close()
+                workers[name] = (pipe, process)
+                # The first turn warms up caches, allocators and --compile, and tells the pace.
+                seconds = statistics.median(ask(pipe, process, 2))
+                counts[name] = max(1, min(ROW_STEPS - WARMUP, round(SECONDS / seconds)))
+                result[name] = {"times": []}
+            for _ in progress(range(TURNS), "measuring", TURNS, "turns"):
+                for name, worker in workers.items():
+                    result[name]["times"] += ask(*worker, counts[name])
+            for name, worker in workers.items():
+                result[name]["peak"] = ask(*worker, 0)
+        finally:
+            for _, process in workers.values():
+                process.kill()
+                process.join()
+    return result
+
+
+def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating point operations a second of the largest square product that takes under 50 ms."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as in train.py
+    best, side, spent = 0.0, 128, 0.0
+    while spent < 0.05 and side <= 8192:
+        a = torch.randn(side, side, device=device).to(dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            (a @ a)[0, 0].item()  # waits for the device
+            times.append(time.perf_counter() - start)
+            if times[-1] > 1:  # emulated
+                break
+        spent = min(times)
+        best, side = max(best, 2 * side**3 / spent), 2 * side
+    return best
+
 
 # ---------------------------------------------------------------------------- the report
 
 
 def speed(times: list[float], batch: int) -> dict[str, float]:
-    """Median and quartiles of images a second."""
+    """Median and quartiles of images a second, from seconds a step."""
     low, middle, high = (batch / q for q in reversed(statistics.quantiles(times, n=4)))
-    return {"images_per_s": middle, "quartile_1": low, "quartile_3": high, "steps": len(times)}
+    return {"images_per_s": middle, "quartile_1": low, "quartile_3": high, "samples": len(times)}
 
 
 def compare(settings: dict[str, Any]) -> dict[str, Any]:
     """Everything about one preset: the program beside the plain reference."""
-    threads, batch = torch.get_num_threads(), settings["batch_size"]
-    plain = {**settings, "amp": "off", "accum": 1, "checkpoint_activations": False}
-    sides = take_turns(
-        {"program": ("program", settings, threads), "reference": ("reference", plain, threads)}
-    )
-    device, flops = torch.device(settings["device"]), flops_per_image(settings)
-    result: dict[str, Any] = {
-        "preset": settings["preset"], "data": settings["data"], "size": settings["size"],
-        "batch_size": batch, "device": settings["device"], "amp": settings["amp"],
-        "threads": threads, "torch": torch.__version__,
-        "parameters": parameter_counts(settings), "flops_per_image": flops,
-    }  # fmt: skip
-    for name, side in sides.items():
-        result[name] = {**speed(side["times"], batch), "peak_bytes": side["peak"]}
-    program, reference = result["program"], result["reference"]
-    result["ratio_images_per_s"] = program["images_per_s"] / reference["images_per_s"]
-    result["ratio_peak_memory"] = program["peak_bytes"] / reference["peak_bytes"]
-    result["milliseconds"] = split_times(settings)
-    result["saved_bytes_per_image"] = saved_bytes(settings)
-    dtypes = [torch.float32, torch.bfloat16] + [torch.float16] * (device.type == "cuda")
-    result["peak_flops"] = {str(d).removeprefix("torch."): matmul_peak(d, device) for d in dtypes}
-    used = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}[settings["amp"]]
-    result["mfu"] = flops * program["images_per_s"] / result["peak_flops"].get(used, float("nan"))
-    return result
+    keys = ("preset", "data", "size", "batch_size", "device", "amp")
+    result = {key: settings[key] for key in keys}
+    result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    with torch.device("meta"):
+        parts = train.build_dier(settings).named_children()
+        counts = {part: sum(p.numel() for p in net.parameters()) for part, net in parts}
+    flops = flops_per_image("dier", settings)
+    result |= {"parameters": counts, "flops_per_image": flops}
+    sides, device = take_turns(settings), torch.device(settings["device"])
+    peaks = {name: matrix_peak(dtype, device) for name, dtype in PRECISIONS.items()}
+    for side, precision in precisions(settings["amp"]).items():
+        row = speed(sides[side]["times"], settings["batch_size"])
+        share = flops * row["images_per_s"] / peaks[precision]
+        result[side] = {**row, "peak_bytes": sides[side]["peak"], "mfu": share}
+    for ratio, key in (("images_per_s", "images_per_s"), ("peak_memory", "peak_bytes")):
+        result[f"ratio_{ratio}"] = result["program"][key] / result["reference"][key]
+    return {**result, "peak_flops": peaks}
+
+
+def precisions(amp: str) -> dict[str, str]:
+    """What each side multiplies in."""
+    return {"program": "fp32" if amp == "off" else amp, "reference": "fp32"}
 
 
 def print_report(r: dict[str, Any]) -> None:
     """The report as a person reads it."""
-    p, q = r["program"], r["reference"]
-    count = sum(r["parameters"].values())
-    print(f"preset {r['preset']}, {r['data']} at {r['size']} px, batch {r['batch_size']}, amp "
-          f"{r['amp']}, {r['device']} ({r['threads']} threads), torch {r['torch']}")  # fmt: skip
-    print(f"parameters        {count:,} (encoder {r['parameters']['encoder']:,}, "
-          f"DiT {r['parameters']['dit']:,})")  # fmt: skip
-    print(f"FLOPs per image   {r['flops_per_image'] / 1e6:,.1f} M, forward and backward")
-    for name, side in (("program", p), ("reference", q)):
-        print(f"{name:17} {side['images_per_s']:,.1f} images/s (quartiles {side['quartile_1']:,.1f}"
-              f" to {side['quartile_3']:,.1f}, {side['steps']} steps), peak memory "
-              f"{side['peak_bytes'] / 2**20:,.0f} MiB")  # fmt: skip
-    print(f"ratio             {r['ratio_images_per_s']:.2f} x the images/s at "
-          f"{r['ratio_peak_memory']:.2f} x the peak memory of the plain reference")  # fmt: skip
-    parts = ", ".join(f"{name} {ms:.1f}" for name, ms in r["milliseconds"].items())
-    print(f"milliseconds      {parts}")
-    print(f"saved for backward {r['saved_bytes_per_image'] / 1024:,.0f} KiB an image")
-    peaks = ", ".join(f"{name} {f / 1e9:,.1f}" for name, f in r["peak_flops"].items())
-    print(f"matrix product    {peaks} GFLOP/s; MFU {100 * r['mfu']:.1f}%")
-
-
-# ---------------------------------------------------------------------------- growth
-
-GROWTH = {  # what grows: for each point its value and the flags of train.py that set it
-    "batch": [(n, ["--batch-size", str(n)]) for n in (8, 16, 32, 64, 128)],
-    "resolution": [(n, ["--size", str(n)]) for n in (32, 64, 128, 256)],
-    "depth": [(n, ["--model", f"depth={n}"]) for n in (2, 4, 8, 16)],
-    "width": [(n, ["--model", f"hidden={n}"]) for n in (64, 128, 256, 512)],
-    "threads": [(n, []) for n in (1, 2, 4, 8, 16)],
-}
-MEANING = {
-    "batch": "images/s rise with the batch until the processor is full; steps/s, which count more "
-    "in a short run, only fall",
-    "resolution": "twice the side costs an image three to nine times the time: four times the "
-    "pixels, and attention over four times the tokens; choose the size before anything else",
-    "depth": "time grows in a line with the DiT's depth above the encoder's constant share",
-    "width": "parameters grow with the square of the width; time does so only once products are "
-    "large enough to fill the processor",
-    "threads": "a small preset gains less than twice from a second thread: two runs of one thread "
-    "each do more work than one run of two",
-}
-
-
-def growth(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows {what, value, images_per_s, seconds_per_step, peak_bytes} of the program's step."""
-    rows, cores = [], torch.get_num_threads()
-    for what, points in GROWTH.items():
-        for value, flags in points:
-            if what == "threads" and value > cores:
-                continue
-            threads = value if what == "threads" else cores
-            small = [] if what != "resolution" else ["--batch-size", str(max(1, 4096 // value**2))]
-            settings = settings_of(args, [*small, *flags])
-            side = take_turns({"program": ("program", settings, threads)}, rounds=2)["program"]
-            seconds, batch = statistics.median(side["times"]), settings["batch_size"]
-            row = {"what": what, "value": value, "batch_size": batch, "seconds_per_step": seconds}
-            row |= {"images_per_s": batch / seconds, "peak_bytes": side["peak"]}
-            row["parameters"] = sum(parameter_counts(settings).values())
-            rows.append(row)
-            print(f"{what:10} {value:5d}  {batch / seconds:9.1f} images/s  {1e3 * seconds:9.1f} ms"
-                  f"  {side['peak'] / 2**20:8,.0f} MiB  {row['parameters']:12,} parameters",
-                  flush=True)  # fmt: skip
-        print(f"  {what}: {MEANING[what]}")
-    return rows
-
-
-def growth_chart(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time for one image against each thing that grows, both relative to the first point."""
-    canvas, series = Canvas(1000, 520), []
-    for k, what in enumerate(GROWTH):
-        mine = [r for r in rows if r["what"] == what]
-        per_image = [1 / r["images_per_s"] for r in mine]
-        x = [r["value"] / mine[0]["value"] for r in mine]
-        y = [p / per_image[0] for p in per_image]
-        first = f"{what} (1 = {mine[0]['value']})"
-        series.append(Series(first, x, y, *style(k)[:1], shape=SHAPES[k]))
-    line_panel(
-        canvas, (100, 60, 740, 440), series, "How the time for one image grows",
-        "times as much of it", "time for one image, 1 = at the first point",
-        log_x=True, log_y=True,
-    )  # fmt: skip
-    canvas.save(path)
-
-
-# ---------------------------------------------------------------------------- the probe
-
-
-def probe_cost(settings: dict[str, Any], images: int) -> dict[str, float]:
-    """Seconds to encode `images` once for each of the 11 t (E, measured on a part and scaled) and
-    to train all their heads (H, measured whole on random features), and how much cheaper that is
-    than encoding again in each of 100 epochs: (100 E + H) / (E + H)."""
-    device = torch.device(settings["device"])
-    encoder = DiER(model_config(settings)).encoder.to(device)
-    part = 1000 if settings["preset"] == "cpu" else 16
-    shape = (part, settings["channels"], settings["size"], settings["size"])
-    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    amp = pick_amp(settings["amp"], device)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        encode(encoder, pixels, probe.TIMES, device, amp, "a part")
-        times.append(time.perf_counter() - start)
-    encoding = statistics.median(times[1:]) * images / part
-    classes = settings["classes"]
-    features = torch.randn(images, len(probe.TIMES), 1024).half()
-    labels = torch.randint(classes, (images,))
-    folds = torch.from_numpy(heads.make_folds(images, None, 0))
-    start = time.perf_counter()
-    heads.train_heads(features, labels, folds, classes, 100, 2e-4, 256, 0)
-    training = time.perf_counter() - start
-    ratio = (100 * encoding + training) / (encoding + training)
-    return {"images": images, "encode_s": encoding, "heads_s": training, "ratio": ratio}
+    dit, encoder = r["parameters"]["dit"], r["parameters"]["encoder"]
+    print(
+        f"preset {r['preset']}, {r['data']} at {r['size']} px, batch {r['batch_size']}, "
+        f"{r['device']} ({r['threads']} threads), torch {r['torch']}\n"
+        f"parameters      {dit + encoder:,} (encoder {encoder:,}, DiT {dit:,})\n"
+        f"FLOPs an image  {r['flops_per_image'] / 1e6:,.1f} M, forward and backward"
+    )
+    for side, precision in precisions(r["amp"]).items():
+        row = r[side]
+        print(
+            f"{side:15} {row['images_per_s']:,.1f} images/s in {precision} (quartiles "
+            f"{row['quartile_1']:,.1f} to {row['quartile_3']:,.1f}, {row['samples']} samples), "
+            f"{row['mfu']:.0%} of the best product; peak memory {row['peak_bytes'] / 2**20:,.0f} "
+            "MiB"
+        )
+    peaks = ", ".join(f"{name} {peak / 1e9:,.1f}" for name, peak in r["peak_flops"].items())
+    print(
+        f"ratio           {r['ratio_images_per_s']:.2f} x the images/s at "
+        f"{r['ratio_peak_memory']:.2f} x the peak memory of the plain reference\n"
+        f"best product    {peaks} GFLOP/s"
+    )
 
 
 # ---------------------------------------------------------------------------- command line
 
 
-def settings_of(args: argparse.Namespace, more: list[str] | None = None) -> dict[str, Any]:
-    """Resolved settings of train.py for the flags given here, and `more` of its flags."""
-    flags = ["--data", args.data, "--preset", args.preset, "--device", args.device]
-    flags += ["--amp", args.amp, "--accum", str(args.accum)]
-    flags += ["--batch-size", str(args.batch_size)] if args.batch_size else []
-    flags += ["--checkpoint-activations"] if args.checkpoint_activations else []
-    flags += ["--compile"] if args.compile else []
-    parsed = train.build_parser().parse_args([*flags, *(more or [])])
-    parsed.seed = 0
-    return resolve(parsed)
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> train.Parser:
     """Every flag, with its unit and default."""
-    p = Parser(prog="python -m appendix.bench", description="What a training step costs.")
-    names = [n for n in TRAINING_IMAGES] + ["glyphs"]
-    p.add_argument("--data", choices=names, default="mnist", help="whose shapes (mnist)")
-    p.add_argument("--preset", choices=["auto", "paper", "cpu"], default="auto",
-                   help="sizes of the model (auto: paper with CUDA, else cpu)")  # fmt: skip
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
-    p.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
-                   help="precision of the program; the reference is fp32 (auto)")  # fmt: skip
-    p.add_argument("--batch-size", type=whole, help="images a step (the preset's)")
-    p.add_argument("--accum", type=whole, default=1, help="pieces of a batch (1)")
+    p = train.Parser(__doc__, prog="python -m appendix.bench")
+    p.add_argument("--data", choices=SETS, help="whose shapes (mnist)")
+    preset = "paper: Table 4; cpu: minutes on two cores (auto: paper with CUDA, else cpu)"
+    p.add_argument("--preset", choices=["auto", *PRESETS], help=preset)
+    p.add_argument("--batch-size", type=train.whole, help="images a step (the preset's)")
+    amp = "precision of the program; the reference is fp32 (auto)"
+    p.add_argument("--amp", choices=["auto", *train.AMP], help=amp)
+    p.add_argument("--device", help="auto, cpu, cuda (auto)")
     p.add_argument("--compile", action="store_true", help="torch.compile the program (off)")
-    p.add_argument("--checkpoint-activations", action="store_true",
-                   help="compute activations again in backward (off)")  # fmt: skip
-    p.add_argument("--growth", action="store_true",
-                   help="how cost grows with batch, resolution, depth, width, threads")  # fmt: skip
-    p.add_argument("--probe", action="store_true",
-                   help="the 11-step probe against encoding anew in each epoch")  # fmt: skip
-    p.add_argument("--estimate", action="store_true",
-                   help="hours and memory of the Table 4 presets, by arithmetic; writes "
-                   "results/estimate.json")  # fmt: skip
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
-    """One of the four reports."""
-    args = build_parser().parse_args(argv)
-    path, step_flags = args.json, ("batch_size", "compile", "checkpoint_activations")
-    if (args.estimate or args.probe) and (args.accum > 1 or any(vars(args)[f] for f in step_flags)):
-        fail("--batch-size, --accum, --compile and --checkpoint-activations belong to a step: "
-             "leave them out")  # fmt: skip
-    if args.estimate:
-        result: Any = estimate()
-        path = path or Path("results/estimate.json")
-        for r in result["rows"]:
-            print(f"{r['data']:14} {r['gpus']:3d} GPU(s)  {r['hours']:9,.1f} hours  "
-                  f"{r['memory_gb']:7.1f} GB each")  # fmt: skip
-        print("an estimate, not a measurement: " + ASSUMED["formula"])
-    elif args.growth:
-        result = growth(args)
-        growth_chart(result, Path("results/growth.png"))
-        print("chart: results/growth.png")
-    elif args.probe:
-        settings = settings_of(args)
-        result = probe_cost(settings, TRAINING_IMAGES.get(args.data, 10_000))
-        print(f"encoding {result['images']:,} images at 11 t: {result['encode_s']:,.1f} s (on a "
-              f"part, scaled); their heads, 100 epochs: {result['heads_s']:,.1f} s; "
-              f"{result['ratio']:.1f} x cheaper than encoding in each epoch")  # fmt: skip
-    else:
-        result = compare(settings_of(args))
-        print_report(result)
+    """Measure, print, write."""
+    typed = vars(build_parser().parse_args(argv))
+    path = typed.pop("json", None)
+    result = compare(train.resolve({"data": "mnist", **typed}))
+    print_report(result)
     if path:
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        text = json.dumps(result, indent=1) + "\n"
+        replace_file(path, lambda to: to.write_text(text))
         print(f"saved: {path}")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    train.guard(main)

@@ -1,26 +1,29 @@
-"""Charts drawn with Pillow: axes, ticks, lines, points, a legend; and pages of panels.
+"""Charts drawn with Pillow: axes, lines, points, legends; and pages of images.
 
-A `Canvas` is drawn at twice its size and halved at the end, so lines and letters are smooth. All
-coordinates here are pixels of the finished picture, the origin top left. `Axes` map data to
-pixels; `line_panel` and `scatter_panel` draw into a box (left, top, right, bottom) of a canvas.
+A `Canvas` is drawn at twice its size and halved at the end, so that lines and letters are smooth.
+Coordinates are pixels of the finished picture, the origin top left. `Axes` map data to pixels;
+`line_panel` and `scatter_panel` draw into a box (left, top, right, bottom) of a canvas;
+`image_grid` makes a page of its own.
 
-Colours are Okabe and Ito's eight, which colour-blind readers tell apart; beyond eight the marker's
-shape changes too, so that no two of the first 40 look alike.
+Colours are Okabe and Ito's eight (the yellow darkened), which colour-blind readers tell apart;
+beyond eight the marker's shape changes too, so that no two of the first 40 look alike.
 """
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from files import written_whole
+from data import replace_file
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#C9B800"]
 SHAPES = ["circle", "square", "triangle", "diamond", "cross"]
 INK, GRID, PALE = "#222222", "#E4E4E4", "#777777"
 FACTOR = 2  # drawn at this scale, then averaged
+SIDE, GAP, MARGIN = 64, 4, 16  # of an image in a grid, between images, around the page
 Box = tuple[float, float, float, float]
 
 
@@ -29,12 +32,54 @@ def style(k: int) -> tuple[str, str]:
     return COLOURS[k % len(COLOURS)], SHAPES[k // len(COLOURS) % len(SHAPES)]
 
 
+# ---------------------------------------------------------------------------- text
+
+
+@lru_cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, `size` pixels high in the finished picture."""
+    return ImageFont.load_default(size=size * FACTOR)
+
+
+@lru_cache
+def has_glyph(char: str) -> bool:
+    """Can the font show this character? It draws all that it lacks as the same empty box."""
+    if not char.isprintable():  # half a pair (of a damaged file name) stops some layout engines
+        return False
+    lacking = font(15).getmask("\uffff")  # no character, now and for ever
+    return bytes(font(15).getmask(char)) != bytes(lacking)
+
+
+def shown(text: str) -> str:
+    """The text with escapes, such as \\u65e5, for the characters that the font lacks."""
+    return "".join(char if has_glyph(char) else ascii(char)[1:-1] for char in text)
+
+
+def text_width(text: str, size: int) -> float:
+    """Pixels from the first letter to the last."""
+    return font(size).getlength(shown(text)) / FACTOR
+
+
+def shorten(text: str, size: int, room: float) -> str:
+    """The text, escaped; if it is wider than `room` pixels, with dots in place of its middle, as
+    names often differ at their end."""
+    text = shown(text)
+    cut, kept = text, len(text)
+    while kept and text_width(cut, size) > room:
+        kept -= 1
+        cut = f"{text[: kept - kept // 2]}...{text[len(text) - kept // 2 :]}"
+    return cut
+
+
+# ---------------------------------------------------------------------------- canvas
+
+
 class Canvas:
     """A white page, width x height pixels when finished."""
 
-    def __init__(self, width: int, height: int):
-        self.size = (width, height)
-        self.image = Image.new("RGB", (width * FACTOR, height * FACTOR), "white")
+    def __init__(self, width: float, height: float):
+        self.size = (math.ceil(width), math.ceil(height))
+        self.image = Image.new("RGB", (self.size[0] * FACTOR, self.size[1] * FACTOR), "white")
         self.draw = ImageDraw.Draw(self.image)
 
     def line(self, points: list, colour: str, width: float = 1.0, dashed: bool = False) -> None:
@@ -44,17 +89,19 @@ class Canvas:
         for piece in pieces:
             self.draw.line(piece, colour, round(FACTOR * width), joint="curve")
 
-    def text(self, at: tuple, text: str, size: int = 15, anchor: str = "mm", colour: str = INK):
-        """Text at (x, y); anchor as in Pillow: l m r, then t m b (a, s for the lines of a font)."""
-        font = ImageFont.load_default(size=size * FACTOR)
-        self.draw.text((FACTOR * at[0], FACTOR * at[1]), text, colour, font, anchor=anchor)
+    def text(
+        self, at: tuple, text: str, size: int = 15, anchor: str = "mm", room: float = math.inf
+    ) -> None:
+        """Text at (x, y), shortened to `room` pixels; anchor as in Pillow: l m r, then t m b."""
+        text = shorten(text, size, room)
+        self.draw.text((FACTOR * at[0], FACTOR * at[1]), text, INK, font(size), anchor=anchor)
 
     def upright(self, at: tuple, text: str, size: int = 15) -> None:
         """Text turned by 90 degrees, reading upwards, its middle at (x, y)."""
-        font = ImageFont.load_default(size=size * FACTOR)
-        left, top, right, bottom = font.getbbox(text)
+        text = shown(text)
+        left, top, right, bottom = font(size).getbbox(text)
         label = Image.new("RGB", (round(right - left) + 8, round(bottom - top) + 8), "white")
-        ImageDraw.Draw(label).text((4 - left, 4 - top), text, INK, font)
+        ImageDraw.Draw(label).text((4 - left, 4 - top), text, INK, font(size))
         label = label.rotate(90, expand=True)
         x, y = FACTOR * at[0] - label.width / 2, FACTOR * at[1] - label.height / 2
         self.image.paste(label, (round(x), round(y)))
@@ -66,31 +113,31 @@ class Canvas:
             self.draw.ellipse((x - r, y - r, x + r, y + r), colour)
         elif shape == "square":
             self.draw.rectangle((x - r, y - r, x + r, y + r), colour)
-        elif shape == "cross":
-            self.draw.line((x - r, y - r, x + r, y + r), colour, max(2, round(r / 2)))
-            self.draw.line((x - r, y + r, x + r, y - r), colour, max(2, round(r / 2)))
+        elif shape == "triangle":
+            self.draw.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], colour)
+        elif shape == "diamond":
+            self.draw.polygon([(x, y - r), (x + r, y), (x, y + r), (x - r, y)], colour)
         else:
-            corners = [(x, y - r), (x + r, y + r), (x - r, y + r)]
-            if shape == "diamond":
-                corners = [(x, y - r), (x + r, y), (x, y + r), (x - r, y)]
-            self.draw.polygon(corners, colour)
+            pen = max(2, round(r / 2))
+            self.draw.line((x - r, y - r, x + r, y + r), colour, pen)
+            self.draw.line((x - r, y + r, x + r, y - r), colour, pen)
 
     def frame(self, box: Box, colour: str = INK, width: float = 1.0) -> None:
         """The outline of a box."""
-        left, top, right, bottom = box
-        corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
-        self.line(corners, colour, width)
+        corners = [FACTOR * edge for edge in box]
+        self.draw.rectangle(corners, outline=colour, width=round(FACTOR * width))
 
     def paste(self, pixels: np.ndarray, at: tuple, scale: int) -> None:
-        """An image, uint8 (C, H, W), its top left at (x, y), each pixel scale x scale."""
+        """An image, uint8 (C, H, W), its top left at (x, y), each pixel scale x scale. It starts at
+        a whole pixel, so that halving the page gives its own values."""
         pixels = np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0)
         big = pixels.repeat(scale * FACTOR, 0).repeat(scale * FACTOR, 1)
-        self.image.paste(Image.fromarray(big), (round(FACTOR * at[0]), round(FACTOR * at[1])))
+        self.image.paste(Image.fromarray(big), (FACTOR * round(at[0]), FACTOR * round(at[1])))
 
     def save(self, path: Path) -> None:
         """Halve and write a PNG, whole or not at all."""
-        with written_whole(path) as temporary:
-            self.image.reduce(FACTOR).save(temporary, format="PNG", optimize=True)
+        page = self.image.reduce(FACTOR)
+        replace_file(path, lambda to: page.save(to, format="PNG", optimize=True))
 
 
 def dashes(points: list, on: float, off: float) -> list[list]:
@@ -123,49 +170,24 @@ def nice_ticks(low: float, high: float, most: int = 7) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten in low .. high; 1, 2, 5 times them where there are few."""
+    """Powers of ten in low .. high; 1, 2, 5 times them and more where there are few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for multiples in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
         ticks = [m * 10.0**p for p in powers for m in multiples]
         ticks = [v for v in ticks if low * 0.999 <= v <= high * 1.001]
         if len(ticks) >= 3:
-            break
-    return ticks
+            return ticks
+    return nice_ticks(low, high)
 
 
-def label(value: float) -> str:
+def tick_label(value: float) -> str:
     """A tick's number, short."""
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:,.6g}M"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
 
 
-@dataclass
-class Axes:
-    """The map from data to pixels: x_range to the box's width, y_range to its height, upwards."""
-
-    box: Box
-    x_range: tuple[float, float]
-    y_range: tuple[float, float]
-    log_x: bool = False
-    log_y: bool = False
-
-    def pixel(self, x: float, y: float) -> tuple[float, float]:
-        """Where a data point lies on the canvas."""
-        left, top, right, bottom = self.box
-        u = self.share(x, self.x_range, self.log_x)
-        return left + u * (right - left), bottom - self.share(y, self.y_range, self.log_y) * (
-            bottom - top
-        )
-
-    @staticmethod
-    def share(value: float, span: tuple[float, float], log: bool) -> float:
-        """0 at the low end of a span, 1 at its high end."""
-        low, high = span
-        if log:
-            value, low, high = math.log(value), math.log(low), math.log(high)
-        return (value - low) / (high - low)
-
-
-def span(values: list[float], log: bool, margin: float = 0.04) -> tuple[float, float]:
+def padded(values: list[float], log: bool, margin: float = 0.04) -> tuple[float, float]:
     """A range that holds the values with a little room; never empty."""
     low, high = min(values), max(values)
     if log:
@@ -175,24 +197,43 @@ def span(values: list[float], log: bool, margin: float = 0.04) -> tuple[float, f
     return low - room, high + room
 
 
-def draw_axes(canvas: Canvas, axes: Axes, title: str, x_label: str, y_label: str, x_ticks=None):
-    """Grid, ticks, their numbers, labels and title around the box."""
-    left, top, right, bottom = axes.box
-    ticks = [log_ticks if log else nice_ticks for log in (axes.log_x, axes.log_y)]
-    for x in x_ticks or ticks[0](*axes.x_range):
-        at = axes.pixel(x, axes.y_range[0])[0]
-        canvas.line([(at, top), (at, bottom)], GRID)
-        canvas.line([(at, bottom), (at, bottom + 5)], INK)
-        canvas.text((at, bottom + 9), label(x), 13, "mt")
-    for y in ticks[1](*axes.y_range):
-        at = axes.pixel(axes.x_range[0], y)[1]
-        canvas.line([(left, at), (right, at)], GRID)
-        canvas.line([(left - 5, at), (left, at)], INK)
-        canvas.text((left - 9, at), label(y), 13, "rm")
-    canvas.frame(axes.box)
-    canvas.text(((left + right) / 2, top - 18), title, 16)
-    canvas.text(((left + right) / 2, bottom + 40), x_label, 14)
-    canvas.upright((left - 62, (top + bottom) / 2), y_label, 14)
+@dataclass
+class Axes:
+    """The map from data to pixels: x_range to the box's width, y_range to its height, upwards."""
+
+    box: Box
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    log_y: bool = False
+
+    def pixel(self, x: float, y: float) -> tuple[float, float]:
+        """Where a data point lies on the canvas."""
+        left, top, right, bottom = self.box
+        (x0, x1), (y0, y1) = self.x_range, self.y_range
+        if self.log_y:
+            y, y0, y1 = math.log(y), math.log(y0), math.log(y1)
+        u, w = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
+        return left + u * (right - left), bottom - w * (bottom - top)
+
+    def draw(
+        self, canvas: Canvas, title: str, x_label: str, y_label: str, x_ticks: list | None = None
+    ) -> None:
+        """Grid, ticks, their numbers, labels and title around the box."""
+        left, top, right, bottom = self.box
+        for x in x_ticks or nice_ticks(*self.x_range):
+            at = self.pixel(x, self.y_range[0])[0]
+            canvas.line([(at, top), (at, bottom)], GRID)
+            canvas.line([(at, bottom), (at, bottom + 5)], INK)
+            canvas.text((at, bottom + 9), tick_label(x), 13, "mt")
+        for y in (log_ticks if self.log_y else nice_ticks)(*self.y_range):
+            at = self.pixel(self.x_range[0], y)[1]
+            canvas.line([(left, at), (right, at)], GRID)
+            canvas.line([(left - 5, at), (left, at)], INK)
+            canvas.text((left - 9, at), tick_label(y), 13, "rm")
+        canvas.frame(self.box)
+        canvas.text(((left + right) / 2, top - 18), title, 16, room=right - left + 60)
+        canvas.text(((left + right) / 2, bottom + 40), x_label, 14)
+        canvas.upright((left - 62, (top + bottom) / 2), y_label, 14)
 
 
 # ---------------------------------------------------------------------------- panels
@@ -218,28 +259,30 @@ def line_panel(
     title: str,
     x_label: str,
     y_label: str,
-    log_x: bool = False,
     log_y: bool = False,
     x_ticks: list[float] | None = None,
 ) -> Axes:
-    """Lines in a box, the legend to its right; returns the axes. Needs one point at least."""
-    xs = [v for s in series for v in s.x]
-    ys = [v for s in series for v in s.y]
-    axes = Axes(box, span(xs, log_x, 0.02), span(ys, log_y), log_x, log_y)
-    draw_axes(canvas, axes, title, x_label, y_label, x_ticks)
+    """Lines in a box, the legend to its right; returns the axes. Needs one point at least; log_y
+    is for values that are all above 0, and else left out."""
+    xs = [x for s in series for x in s.x]
+    ys = [y for s in series for y in s.y]
+    log_y = log_y and min(ys) > 0
+    axes = Axes(box, padded(xs, False, 0.02), padded(ys, log_y), log_y)
+    axes.draw(canvas, title, x_label, y_label, x_ticks)
     for s in series:
         points = [axes.pixel(x, y) for x, y in zip(s.x, s.y)]
         if len(points) > 1:
             canvas.line(points, s.colour, s.width, s.dashed)
         for point in points if s.shape else ():
             canvas.marker(point, s.colour, s.shape, 1.5 + s.width)
-    named, right, top = [s for s in series if s.name], box[2] + 18, box[1] + 10
+    named = [s for s in series if s.name]
+    left, top = box[2] + 18, box[1] + 10
     for k, s in enumerate(named):
         y = top + 24 * k
-        canvas.line([(right, y), (right + 34, y)], s.colour, s.width, s.dashed)
+        canvas.line([(left, y), (left + 34, y)], s.colour, s.width, s.dashed)
         if s.shape:
-            canvas.marker((right + 17, y), s.colour, s.shape, 1.5 + s.width)
-        canvas.text((right + 42, y), s.name, 14, "lm")
+            canvas.marker((left + 17, y), s.colour, s.shape, 1.5 + s.width)
+        canvas.text((left + 42, y), s.name, 14, "lm")
     return axes
 
 
@@ -253,19 +296,46 @@ def scatter_panel(
     left, top, right, bottom = box
     wide, high = right - left, bottom - top
     reach = (half * max(1, wide / high), half * max(1, high / wide))
-    ranges = [(m - r, m + r) for m, r in zip(middle, reach)]
-    axes = Axes(box, *ranges)
+    axes = Axes(box, *[(m - r, m + r) for m, r in zip(middle, reach)])
     for k in np.random.default_rng(0).permutation(len(points)):
         canvas.marker(axes.pixel(*points[k]), *style(int(labels[k])), radius)
     canvas.frame(box, PALE)
-    canvas.text(((left + right) / 2, top - 14), title, 15)
+    canvas.text(((left + right) / 2, top - 14), title, 15, room=wide)
     return axes
 
 
-def class_legend(canvas: Canvas, at: tuple, names: list[str], rows: int = 40, wide: int = 150):
+def class_legend(canvas: Canvas, at: tuple, names: list[str], rows: int = 40, wide: float = 160):
     """The marker and name of each class from (x, y) on, `rows` of them below one another, then a
-    new column `wide` pixels to the right."""
+    new column `wide` pixels to the right. Longer names are shortened."""
     for k, name in enumerate(names):
         x, y = at[0] + k // rows * wide, at[1] + k % rows * 22
         canvas.marker((x, y), *style(k), 5)
-        canvas.text((x + 14, y), name, 14, "lm")
+        canvas.text((x + 14, y), name, 14, "lm", room=wide - 24)
+
+
+def image_grid(
+    rows: list[tuple[str, np.ndarray]], heads: list[str], path: Path, title: str = ""
+) -> None:
+    """A page of images: one row for each (label, uint8 (n, C, S, S)), a head above each column.
+
+    Small images are enlarged by a whole factor to about 64 pixels. An empty head is left out, and
+    so are the labels' column, the line of heads and the title where all of them are empty.
+    """
+    scale = max(1, round(SIDE / rows[0][1].shape[-1]))
+    side = scale * rows[0][1].shape[-1]
+    columns = max(len(images) for _, images in rows)
+    pitch = math.ceil(max([side, *(text_width(head, 14) for head in heads)])) + GAP
+    labels = max(text_width(name, 14) for name, _ in rows)
+    left = MARGIN + (labels + 10 if labels else 0)
+    top = MARGIN + (30 if title else 0) + (24 if any(heads) else 0)
+    width = max(left + columns * pitch - GAP, MARGIN + text_width(title, 16)) + MARGIN
+    canvas = Canvas(width, top + len(rows) * (side + GAP) - GAP + MARGIN)
+    canvas.text((MARGIN, MARGIN), title, 16, "lt")
+    for k, head in enumerate(heads):
+        canvas.text((left + k * pitch + side / 2, top - 14), head, 14)
+    for r, (name, images) in enumerate(rows):
+        y = top + r * (side + GAP)
+        canvas.text((left - 10, y + side / 2), name, 14, "rm")
+        for k, image in enumerate(images):
+            canvas.paste(image, (left + k * pitch, y), scale)
+    canvas.save(path)

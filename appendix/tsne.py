@@ -5,18 +5,18 @@
     q_ij    = (1 + |y_i - y_j|^2)^-1 / Z
     dC/dy_i = 4 sum_j (p_ij - q_ij) (1 + |y_i - y_j|^2)^-1 (y_i - y_j)
 
-Every N x N step goes through the rows in blocks that stay in the processor's cache, so that only P
-is read from memory in an iteration.
+Every N x N step goes through the rows in blocks that stay in the processor's cache, so that an
+iteration reads only P from memory.
 
 Shapes: N points, D their width, R rows of a block.
 """
 
 import math
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from data import progress
 
 PERPLEXITY = 30.0
 ITERATIONS, EXAGGERATED = 1000, 250  # in the first ones P is EXAGGERATION times too large,
@@ -25,7 +25,7 @@ ROWS = 250
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """(R, D), (N, D) -> (R, N), never below 0."""
+    """|a_i - b_j|^2 of points (R, D) and (N, D) -> (R, N), never below 0."""
     d = torch.addmm((b * b).sum(1)[None], a, b.T, alpha=-2.0)
     return d.add_((a * a).sum(1)[:, None]).clamp_(min=0.0)
 
@@ -33,8 +33,8 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 def conditional(distances: Tensor, perplexity: float, own: Tensor) -> Tensor:
     """p_{j|i} of rows: squared distances (R, N) -> (R, N), p_{i|i} = 0; own (R,) is each row's i.
 
-    The precision b_i = 1 / 2 s_i^2 is found by bisection of its logarithm: the entropy falls as it
-    grows.
+    The precision 1 / 2 s_i^2 is found by bisection of its logarithm: the entropy falls as the
+    precision grows.
     """
     target = math.log(perplexity)
     distances = distances.scatter(1, own[:, None], math.inf)
@@ -50,14 +50,15 @@ def conditional(distances: Tensor, perplexity: float, own: Tensor) -> Tensor:
         total = p.sum(1, keepdim=True)
         entropy = total.log() + precision * (p * finite).sum(1, keepdim=True) / total
         too_flat = entropy > target
-        low, high = torch.where(too_flat, middle, low), torch.where(too_flat, high, middle)
+        low = torch.where(too_flat, middle, low)
+        high = torch.where(too_flat, high, middle)
         if (entropy - target).abs().max() < 1e-5:
             break
     return p / total
 
 
 def joint(x: Tensor, perplexity: float) -> Tensor:
-    """P (N, N) of points x (N, D): symmetric, sum 1."""
+    """P (N, N) of points x (N, D): symmetric, zero on the diagonal, sum 1."""
     n, rows = len(x), []
     for index in torch.arange(n, device=x.device).split(ROWS):
         rows.append(conditional(squared_distances(x[index], x), perplexity, index))
@@ -81,50 +82,41 @@ def gradient(y: Tensor, p: Tensor, exaggeration: float) -> tuple[Tensor, Tensor]
 
 
 def pca(x: Tensor, width: int) -> Tensor:
-    """The first principal components of x (N, D) -> (N, width); signs fixed, so that it is the
+    """The first principal components of x (N, D) -> (N, width). Signs are fixed, so that it is the
     same everywhere."""
     x = x - x.mean(0)
-    values = torch.linalg.eigh(x.T @ x).eigenvectors[:, -width:].flip(1)  # (D, width)
-    largest = values.gather(0, values.abs().argmax(0, keepdim=True))
-    return x @ (values * largest.sign())
+    vectors = torch.linalg.eigh(x.T @ x).eigenvectors[:, -width:].flip(1)  # (D, width)
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return x @ (vectors * largest.sign())
 
 
 @torch.no_grad()
-def tsne(
-    x: Tensor,
-    perplexity: float = PERPLEXITY,
-    iterations: int = ITERATIONS,
-    show: Callable[[str], None] = lambda text: None,
-) -> Tensor:
+def tsne(x: Tensor, perplexity: float = PERPLEXITY, iterations: int = ITERATIONS) -> Tensor:
     """Map x (N, D) to the plane, (N, 2) fp32: gradient descent with momentum and gains from a PCA
-    start. `show` receives a progress line. Raises ValueError for fewer than 4 points."""
+    start, so nothing is random. Raises ValueError for fewer than 4 points."""
     n = len(x)
     if n < 4:
         raise ValueError(f"{n} points are too few for t-SNE; take 4 or more")
     x = x.float()
     p = joint(x, min(perplexity, (n - 1) / 3)).clamp_(min=1e-12)
     y = pca(x, 2)
-    y = 1e-4 * y / y[:, 0].std()
+    y = 1e-4 * y / y[:, 0].std().clamp(min=1e-12)  # points that are all equal stay at 0
     rate = max(n / EXAGGERATION / 4, 50.0)
-    velocity, gains, start = torch.zeros_like(y), torch.ones_like(y), time.monotonic()
-    for k in range(iterations):
+    velocity, gains = torch.zeros_like(y), torch.ones_like(y)
+    for k in progress(range(iterations), f"t-SNE of {n:,} points", iterations, "iterations"):
         early = k < min(EXAGGERATED, iterations // 4)
         g, _ = gradient(y, p, EXAGGERATION if early else 1.0)
-        agree = (g > 0) == (velocity > 0)  # the step so far went uphill: brake
-        gains = torch.where(agree, gains * 0.8, gains + 0.2).clamp(min=0.01)
+        uphill = (g > 0) == (velocity > 0)  # the last step went uphill in this coordinate: brake
+        gains = torch.where(uphill, gains * 0.8, gains + 0.2).clamp(min=0.01)
         velocity = (0.5 if early else 0.8) * velocity - rate * gains * g
         y = y + velocity
         y = y - y.mean(0)
-        spent = time.monotonic() - start
-        if spent > 2:
-            left = spent / (k + 1) * (iterations - k - 1)
-            show(f"t-SNE of {n:,} points: iteration {k + 1} of {iterations}, {left:.0f} s left")
     return y
 
 
 def trustworthiness(x: Tensor, y: Tensor, k: int = 12) -> float:
     """How many of the k nearest neighbours in y (N, 2) are near in x (N, D) too, 1 for all
-    (Venna and Kaski, 2001); needs k < N / 2."""
+    (Venna and Kaski, 2001). Needs k < N / 2."""
     n = len(x)
     rank = squared_distances(x, x).fill_diagonal_(-1.0).argsort(1).argsort(1)  # own: 0, nearest: 1
     near = squared_distances(y, y).fill_diagonal_(math.inf).topk(k, 1, largest=False).indices

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-# 8 x 8 pixels, four tokens, an encoder of two levels
-TINY = ["--size", "8", "--model", "patch=4,hidden=16,depth=1,heads=2,base=8,mult=1,2,attention=4"]
-TINY[-1] += ",enc_heads=2"
+# 8 x 8 pixels, 16 tokens, an encoder of two levels
+TINY = "--size 8 --patch 2 --hidden 16 --depth 1 --heads 2 --base 8 --mult 1 2 --attention 4"
+TINY = [*TINY.split(), "--enc-heads", "2", "--device", "cpu", "--amp", "off"]
 
 
 def write_folder(folder: Path, per_class: int = 20, classes: int = 2) -> Path:
@@ -44,9 +45,17 @@ def script(*args: str, cwd: Path, **kw) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, **kw)
 
 
+def fails(capsys, function, *args) -> str:
+    """The one line with which a command ends with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function(*args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and len(error.splitlines()) == 1, error
+    return error
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Tiny tensors gain nothing from threads, and results must not depend on their number."""
-    import torch
-
     torch.set_num_threads(1)

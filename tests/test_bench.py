@@ -1,121 +1,133 @@
-"""appendix/bench.py: the figures that can be known without a clock, and the report as a whole."""
+"""appendix/bench.py: what can be known without a clock, and the report as a whole."""
 
 import json
-import time
+import math
+import os
+import signal
 
 import pytest
 import torch
-from conftest import TINY
-from PIL import Image
+from conftest import TINY, fails
 
-import heads
 import train
-from appendix import bench, measure
+from appendix import bench
+
+CPU = torch.device("cpu")
 
 
-def settings(*flags):
-    args = train.build_parser().parse_args(["--data", "mnist", "--device", "cpu", *TINY, *flags])
-    args.seed = 0
-    return train.resolve(args)
+def settings_of(*flags):
+    """The settings that train.py would take."""
+    argv = ["--data", "mnist", *TINY, "--batch-size", "4", *flags]
+    return train.resolve(vars(train.build_parser().parse_args(argv)))
 
 
-def test_flops_of_a_linear_layer_and_a_convolution_are_counted_by_hand():
-    """Twice the multiplications, three times for forward and both gradients; the input of the
-    first layers needs no gradient."""
-    few, more = (bench.flops_per_image(settings("--model", m)) for m in (
-        "patch=4,hidden=16,depth=1,heads=2,base=8,mult=1,2,attention=4,enc_heads=2",
-        "patch=4,hidden=16,depth=2,heads=2,base=8,mult=1,2,attention=4,enc_heads=2",
-    ))  # fmt: skip
+def test_flops_are_counted_as_by_hand():
+    """Twice the multiplications, three times for forward and both gradients."""
+    few, more = (
+        bench.flops_per_image("dier", settings_of("--patch", "4", "--depth", depth))
+        for depth in "12"
+    )
     tokens, d = 4, 16
     linear = tokens * (3 + 1 + 4 + 4) * d * d + 6 * d * d  # qkv, proj, fc1, fc2, and ada once
     scores = 2 * tokens * tokens * d  # q k^T and its product with v, over both heads
     assert more - few == 3 * 2 * (linear + scores)
 
 
-def test_saved_bytes_fall_with_recomputation_and_count_no_weights():
-    plain, again = (
-        bench.saved_bytes(settings(*flags)) for flags in ([], ["--checkpoint-activations"])
-    )
-    assert 0 < again < 0.6 * plain
-    big = settings("--model", TINY[3].replace("hidden=16", "hidden=256"))
-    weights = 4 * sum(train.parameter_counts(big).values())
-    assert bench.saved_bytes(big) < 0.2 * weights
-    wide = bench.saved_bytes(settings("--model", TINY[3].replace("base=8", "base=32")))
-    assert wide > 2 * plain
+@pytest.mark.parametrize("device, steps, counted", [
+    ("cpu", 8, [4, 5, 6, 7, 8]), ("cuda", 140, [60, 80, 100, 120, 140]),
+])  # fmt: skip
+def test_rows_that_count_leave_the_warm_up_and_the_waiting_out(
+    device, steps, counted, tmp_path, monkeypatch
+):
+    """A loop whose step n has n images/s: on CUDA only rows of 20 steps tell the speed."""
+    seen = []
+
+    def fake(net, loss_fn, images, settings, folder):
+        last = math.ceil(settings["epochs"] * len(images) / settings["batch_size"])
+        seen.append(last)
+        rows = [n for n in range(1, last + 1) if n <= 20 or n % 20 == 0 or n == last]
+        lines = [json.dumps({"step": n, "images_per_s": n}) + "\n" for n in rows]
+        (folder / "log.jsonl").write_text("".join(lines))
+
+    monkeypatch.setattr(train, "train", fake)
+    program = bench.Program({**settings_of(), "device": device}, tmp_path)
+    assert program.turn(5) == [4 / n for n in counted] and seen == [steps]
+
+
+@pytest.mark.parametrize("side", [bench.Program, bench.Reference])
+def test_each_turn_of_a_side_takes_its_steps(side, tmp_path):
+    runner = side(settings_of(), tmp_path)
+    assert runner.pixels.shape == (16, 1, 8, 8)
+    for n in (1, 3):
+        times = runner.turn(n)
+        assert len(times) == n and all(0 < seconds < 10 for seconds in times)
 
 
 def test_speed_is_a_median_with_its_quartiles():
     got = bench.speed([0.1, 0.2, 0.4, 0.2, 0.2], 8)
     assert got["images_per_s"] == pytest.approx(40)
-    assert got["quartile_1"] <= got["images_per_s"] <= got["quartile_3"] and got["steps"] == 5
+    assert got["quartile_1"] == pytest.approx(8 / 0.3) and got["samples"] == 5
+    assert got["quartile_3"] == pytest.approx(8 / 0.15)
 
 
-def test_the_report_compares_two_processes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(measure, "SECONDS", 0.05)
-    monkeypatch.setattr(measure, "ROUNDS", 2)
-    monkeypatch.setattr(bench, "matmul_peak", lambda dtype, device: 1e11)
-    path = tmp_path / "bench.json"
-    bench.main(["--batch-size", "2", "--device", "cpu", "--json", str(path)])
-    r, out = json.loads(path.read_text()), capsys.readouterr().out
-    assert r["ratio_images_per_s"] == pytest.approx(
-        r["program"]["images_per_s"] / r["reference"]["images_per_s"]
-    )
-    assert r["ratio_peak_memory"] == r["program"]["peak_bytes"] / r["reference"]["peak_bytes"]
-    assert set(r["milliseconds"]) == {"data", "forward", "backward", "update"}
-    assert all(r[k]["peak_bytes"] > 2**20 for k in ("program", "reference"))
-    assert r["mfu"] == pytest.approx(r["flops_per_image"] * r["program"]["images_per_s"] / 1e11)
-    for word in ("parameters", "FLOPs", "ratio", "MFU", "saved for backward", "saved: "):
-        assert word in out
+def test_memory_has_a_peak_above_the_present():
+    block = torch.ones(2**24)  # 64 MiB
+    assert bench.memory("VmRSS") > block.nbytes
+    del block
+    assert bench.memory("VmHWM") >= bench.memory("VmRSS") > 2**20
 
 
-@pytest.mark.slow  # counting FLOPs at 256 pixels
-def test_the_estimate_is_arithmetic_on_what_it_states(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    bench.main(["--estimate"])
-    result = json.loads((tmp_path / "results/estimate.json").read_text())
-    assert result["measured"] is False and "formula" in result["assumptions"]
-    rows = {(r["data"], r["gpus"]): r for r in result["rows"]}
-    assert {g for _, g in rows} == {1, 8, 64} and len({d for d, _ in rows}) == 6
-    one, eight = rows["cifar10", 1], rows["cifar10", 8]
-    a = result["assumptions"]
-    by_hand = 200 * 50_000 * one["flops_per_image"] / (a["mfu"] * a["peak_flops"]) / 3600
-    assert one["hours"] == pytest.approx(by_hand) and by_hand > 1
-    assert by_hand / 8 < eight["hours"] < one["hours"]
-    many = rows["oct2017", 64]  # a batch of 16 has no 64 parts
-    assert many["batch_size"] == 64 and many["steps"] == round(200 * 83_484 / 64)
-    assert "not a measurement" in capsys.readouterr().out
+def test_the_best_product_is_looked_for_until_products_take_long():
+    assert bench.matrix_peak(torch.float32, CPU) > 1e8
 
 
-@pytest.mark.parametrize(
-    "flag", [["--accum", "2"], ["--compile"], ["--batch-size", "8"], ["--checkpoint-activations"]]
-)
-def test_flags_of_a_step_are_refused_where_no_step_is_timed(flag, capsys):
-    for report in ("--estimate", "--probe"):
-        with pytest.raises(SystemExit) as stop:
-            bench.main([report, *flag])
-        assert stop.value.code == 2 and "belong to a step" in capsys.readouterr().err
+@pytest.mark.slow
+def test_the_report_compares_two_processes(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(bench, "SECONDS", 0.05)
+    monkeypatch.setattr(bench, "TURNS", 2)
+    monkeypatch.setattr(bench, "matrix_peak", lambda dtype, device: dtype.itemsize * 1e11)
+    path = tmp_path / "made/bench.json"
+    flags = ["--batch-size", "2", "--device", "cpu", "--amp", "bf16", "--json", str(path)]
+    bench.main([*flags, "--data", "glyphs"])
+    r, out = json.loads(path.read_text()), capfd.readouterr().out
+    program, reference = r["program"], r["reference"]
+    for name, key in (("images_per_s", "images_per_s"), ("peak_memory", "peak_bytes")):
+        assert r[f"ratio_{name}"] == program[key] / reference[key]
+    assert all(side["peak_bytes"] > 2**20 for side in (program, reference))
+    for side, peak in ((program, 2e11), (reference, 4e11)):  # the reference is fp32
+        assert side["mfu"] == pytest.approx(r["flops_per_image"] * side["images_per_s"] / peak)
+        assert 2 <= side["samples"] <= 2 * 17
+    assert r["preset"] == "cpu" and r["batch_size"] == 2 and r["amp"] == "bf16"
+    for words in ("images/s in bf16", "images/s in fp32", "of the best product", "ratio", "saved:"):
+        assert words in out
+    assert "step 1 of" not in out  # the loop's own progress is not shown
 
 
-def test_growth_draws_what_it_measured(tmp_path):
-    rows = [
-        {"what": what, "value": value, "images_per_s": 100 / k}
-        for what, points in bench.GROWTH.items()
-        for k, (value, _) in enumerate(points, 1)
-    ]
-    bench.growth_chart(rows, tmp_path / "growth.png")
-    assert Image.open(tmp_path / "growth.png").size == (1000, 520)
+def test_bad_input_is_one_line(capsys):
+    for flags, words in [
+        (["--data", "nowhere"], "invalid choice: 'nowhere'"),
+        (["--batch-size", "0"], "0 is not a whole number above 0"),
+        (["--device", "nonsense"], "--device nonsense does not work here"),
+        (["--growth"], "unrecognized arguments: --growth"),
+    ]:
+        assert words in fails(capsys, bench.main, flags)
 
 
-def test_matmul_peak_stops_growing_when_products_take_long():
-    assert bench.matmul_peak(torch.float32, torch.device("cpu")) > 1e8
+class Killed(bench.Program):
+    """A side that the system ends for want of memory."""
+
+    def turn(self, n):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_the_cost_of_the_probe_counts_the_time_of_both_parts(monkeypatch):
-    """Encoding a part of 1,000 takes 0.1 s here, so 300 images take 0.03 s; the heads are real."""
-    monkeypatch.setattr(bench, "encode", lambda e, x, times, *_: time.sleep(1e-4 * len(x)))
-    real = heads.train_heads
-    monkeypatch.setattr(heads, "train_heads", lambda *a: (real(*a), time.sleep(0.5)))
-    r = bench.probe_cost(settings("--preset", "cpu"), 300)
-    assert r["encode_s"] == pytest.approx(0.03, rel=0.3) and 0.5 < r["heads_s"] < 20
-    e, h = r["encode_s"], r["heads_s"]
-    assert r["ratio"] == pytest.approx((100 * e + h) / (e + h))
+@pytest.mark.parametrize("side, batch, words", [
+    (bench.Program, 10**12, "out of memory"),
+    (Killed, 4, "a measuring process ended early"),
+])  # fmt: skip
+def test_a_process_that_dies_ends_the_report(side, batch, words, monkeypatch, capfd):
+    """With the line that it had to say, else with one of our own."""
+    monkeypatch.setattr(bench, "Program", side)
+    with pytest.raises(SystemExit) as stop:
+        bench.take_turns({**settings_of(), "batch_size": batch})
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and words in error and len(error.splitlines()) == 1, error

@@ -1,78 +1,93 @@
-"""The data sets in good and damaged form, on small files written here; no network, no real data."""
+"""data.py: every set in good and damaged form, on small files drawn here; no network."""
 
+import errno
 import gzip
 import hashlib
 import io
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
 import tarfile
+import tempfile
 import threading
 import time
 import zipfile
-from collections import Counter
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import fails
 from PIL import Image
 
 import data
-import sets
-from data import Batches, load, mix_seed, permutation_stream
-from files import Archive, DataError, progress
-from sets import describe
 
 RNG = np.random.default_rng(0)
+CPU = torch.device("cpu")
 
 
-def encode(pixels, kind="png", **options):
-    """uint8 (h, w) or (h, w, 3) -> the bytes of an image file."""
-    file = io.BytesIO()
-    Image.fromarray(np.asarray(pixels, np.uint8)).save(file, kind, **options)
-    return file.getvalue()
-
-
-def flat(value, side=8, channels=3):
-    """The PNG of one colour: grey for channels = 1."""
-    return encode(np.full((side, side, 3) if channels == 3 else (side, side), value))
-
-
-def flat_jpeg(value, side=8):
-    return encode(np.full((side, side), value), "jpeg", quality=95)
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Every test starts in an empty current directory."""
+    monkeypatch.chdir(tmp_path)
 
 
 def write(folder, files):
-    """{path: bytes or text} below a folder."""
+    """{path: bytes, text, image, or the grey value of 8 x 8 pixels} below a folder."""
     for name, content in files.items():
         path = Path(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        if isinstance(content, int):
+            content = Image.new("L", (8, 8), content)
+        if isinstance(content, Image.Image):
+            content.save(path)
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def make_zip(path, files):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
+def tree(text):
+    """ "a/1 b.txt": a/1.png, whose grey value is its number, and an empty b.txt."""
+    words = text.split()
+    return {w if "." in w else f"{w}.png": "" if "." in w else int(Path(w).name) for w in words}
 
 
-def make_tar(path, files, prefix=""):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as archive:
-        for name, content in files.items():
-            content = content.encode() if isinstance(content, str) else content
-            member = tarfile.TarInfo(prefix + name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
+def pack(path, files):
+    """An archive with these files, of the kind that its name says."""
+    kind = {".zip": "zip", ".tar": "tar", ".gz": "gztar"}[Path(path).suffix]
+    with tempfile.TemporaryDirectory() as folder:
+        write(folder, files)
+        made = shutil.make_archive(f"{folder}-made", kind, folder)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(made, path)
 
 
-def cut(path, by=None):
-    """Shorten a file: to two thirds, or by some bytes."""
-    raw = path.read_bytes()
-    path.write_bytes(raw[: len(raw) * 2 // 3] if by is None else raw[:-by])
+def put(name, files, archive=None):
+    """Lay a set out in its folder, or as an archive there."""
+    if archive:
+        pack(f"data/{name}/{archive}", files)
+    else:
+        write(f"data/{name}", files)
 
 
-# ------------------------------------------------------------------------------------------- mnist
+def load(name, size=8, channels=3, limit=0, seed=0):
+    return data.load(name, size, channels, Path("data"), limit, seed)
+
+
+def values(split):
+    """The first pixel of each image."""
+    return split.images[:, 0, 0, 0].tolist()
+
+
+def entries(folder="data"):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+# ---------------------------------------------------------------------------- mnist, cifar, glyphs
 
 
 def idx(array):
@@ -80,803 +95,771 @@ def idx(array):
     return head + array.astype(np.uint8).tobytes()
 
 
-def mnist_files(n=20, side=28, zipped=True):
-    files, pixels = {}, RNG.integers(0, 256, (n, side, side), np.uint8)
-    for prefix in ("train", "t10k"):
-        files[f"{prefix}-images-idx3-ubyte"] = idx(pixels)
-        files[f"{prefix}-labels-idx1-ubyte"] = idx(np.arange(n) % 10)
+def mnist_files(zipped=True, n=20):
+    """{file: bytes}, the pixels of both splits, the labels of both splits."""
+    pixels, labels = RNG.integers(0, 256, (2, n, 28, 28), np.uint8), RNG.integers(0, 10, (2, n))
+    files = {}
+    for k, prefix in enumerate(("train", "t10k")):
+        files[f"{prefix}-images-idx3-ubyte"] = idx(pixels[k])
+        files[f"{prefix}-labels-idx1-ubyte"] = idx(labels[k])
     if zipped:
         files = {f"{name}.gz": gzip.compress(raw) for name, raw in files.items()}
-    return files, pixels
+    return files, pixels, labels
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("folder", ["mnist", "mnist/MNIST/raw", "MNIST/raw"])
-def test_mnist_pixels_and_labels_are_exact_in_every_layout(tmp_path, folder, zipped):
-    files, pixels = mnist_files(zipped=zipped)
-    write(tmp_path / folder, files)
-    split = load("mnist", "train", 28, tmp_path)
-    assert np.array_equal(split.images, pixels[:, None]) and split.images.dtype == np.uint8
-    assert np.array_equal(split.labels, np.arange(20) % 10) and split.labels.dtype == np.int64
-    assert split.groups is None and split.class_names == list("0123456789")
-    assert load("mnist", "test", 32, tmp_path).images.shape == (20, 1, 32, 32)
+def test_mnist_is_exact_in_every_layout(folder, zipped):
+    files, pixels, labels = mnist_files(zipped)
+    write(f"data/{folder}", files)
+    for k, split in enumerate(load("mnist", 28, 1)):
+        assert np.array_equal(split.images[:, 0], pixels[k]) and split.images.dtype == np.uint8
+        assert np.array_equal(split.labels, labels[k]) and split.labels.dtype == np.int64
+        assert split.groups is None and split.class_names == list("0123456789")
+    assert load("mnist", 32, 3)[0].images.shape == (20, 3, 32, 32)
 
 
-def test_mnist_train_and_test_come_from_their_own_files(tmp_path):
-    files, _ = mnist_files()
-    files["t10k-labels-idx1-ubyte.gz"] = gzip.compress(idx(np.full(20, 7)))
-    write(tmp_path / "mnist", files)
-    assert set(load("mnist", "test", 28, tmp_path).labels) == {7}
-    assert set(load("mnist", "train", 28, tmp_path).labels) == set(range(10))
+def cifar_files(name, n=3):
+    """{file: bytes}, the pixels of each; labels 0, 1, 2, ... (cifar100: coarse 9, then fine)."""
+    folder, meta, names = "cifar-100-binary", "fine_label_names.txt", ["train.bin", "test.bin"]
+    head = np.arange(n, dtype=np.uint8)[:, None]
+    if name == "cifar10":
+        folder, meta = "cifar-10-batches-bin", "batches.meta.txt"
+        names = [f"data_batch_{k}.bin" for k in range(1, 6)] + ["test_batch.bin"]
+    else:
+        head = np.hstack([np.full_like(head, 9), head])
+    pixels = RNG.integers(0, 256, (len(names), n, 3, 32, 32), np.uint8)
+    files = {f"{folder}/{meta}": "".join(f"class{k}\n" for k in range(int(name[5:]))) + "\n"}
+    for file, images in zip(names, pixels):
+        files[f"{folder}/{file}"] = np.hstack([head, images.reshape(n, -1)]).tobytes()
+    return files, pixels
+
+
+@pytest.mark.parametrize("archive", ["any name.tar.gz", None])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_is_exact_as_archive_and_folder(name, archive):
+    files, pixels = cifar_files(name)
+    put(name, files, archive)
+    if not archive:  # as many names as classes, else numbers in their place
+        next(Path("data").rglob("*.txt")).write_text("a\nb\n")
+    train, test = load(name, 32)
+    assert np.array_equal(train.images, pixels[:-1].reshape(-1, 3, 32, 32))
+    assert np.array_equal(test.images, pixels[-1]) and test.labels.tolist() == [0, 1, 2]
+    assert train.class_names[:2] == (["class0", "class1"] if archive else ["0", "1"])
+    raw, head = [*files.values()][-1], len([*files.values()][-1]) // 3 - 3072
+    assert test.images[0, 1, 5, 7] == raw[head + 1024 + 32 * 5 + 7]  # planes, rows of 32
 
 
 IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
+BATCH = "cifar-10-batches-bin/data_batch_4.bin"
 
 
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        (IMAGES, gzip.compress(idx(np.zeros((20, 28, 28))))[:-12], "Compressed file ended"),
-        (IMAGES, b"not a gzip file", "Not a gzipped file"),
+        (IMAGES, gzip.compress(idx(np.zeros((20, 28, 28))))[:-12], "truncated stream"),
+        (IMAGES, b"not a gzip file", "incorrect header"),
         (IMAGES, gzip.compress(b"\0\0\7\3" + bytes(12)), "00000703"),
         (IMAGES, gzip.compress(idx(np.arange(20))), "00000801"),
         (IMAGES, gzip.compress(idx(np.zeros((20, 28, 28)))[:-1]), "dimensions"),
         (IMAGES, gzip.compress(b"\0\0\x08\3\0\0"), "dimensions"),
         (LABELS, gzip.compress(idx(np.zeros(19))), "19 labels"),
         (LABELS, gzip.compress(idx(np.full(20, 10))), "labels to 10"),
+        (BATCH, bytes(3073 * 2 - 1), "6,145 bytes are not whole records of 3073"),
+        (BATCH, b"", "0 bytes are not whole"),
+        (BATCH, b"\x0a" * 3073, "label 10 of 10"),
     ],
 )
-def test_damaged_mnist_is_named(tmp_path, file, content, message):
-    write(tmp_path / "mnist", mnist_files()[0] | {file: content})
-    with pytest.raises(DataError, match=f"{file}.*{message}.*delete it"):
-        load("mnist", "train", 28, tmp_path)
+def test_a_damaged_array_file_is_named(capsys, file, content, message):
+    name = "cifar10" if file == BATCH else "mnist"
+    files, *_ = cifar_files(name) if file == BATCH else mnist_files()
+    write(f"data/{name}", files | {file: content})
+    error = fails(capsys, load, name)
+    assert f"data/{name}/{file} is damaged (" in error and message in error, error
+    assert "delete it" in error
 
 
-def test_a_gz_that_unpacks_beyond_the_limit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("files.MAX_BYTES", 10_000)
-    write(tmp_path / "mnist", {IMAGES: gzip.compress(idx(np.zeros((20, 28, 28)))), LABELS: b""})
-    with pytest.raises(DataError, match="more than 10,000 bytes"):
-        load("mnist", "train", 28, tmp_path)
+def test_glyphs_are_deterministic_balanced_and_show_their_label():
+    test, again, train = (data.draw_glyphs(split) for split in ("test", "test", "train"))
+    assert test.images.shape == (2000, 1, 28, 28) and train.images.shape == (10_000, 1, 28, 28)
+    assert np.array_equal(test.images, again.images) and np.array_equal(test.labels, again.labels)
+    assert np.bincount(test.labels).tolist() == [200] * 10
+    assert np.bincount(train.labels).tolist() == [1000] * 10
+    seen = {image.tobytes() for image in train.images}
+    assert len(seen) == 10_000 and not seen & {image.tobytes() for image in test.images}
+    assert test.images.mean() < 60 and test.images.max() > 200  # light on dark
+    mean = [test.images[test.labels == k][:, 0, 12:16, 12:16].mean() for k in range(10)]
+    assert mean[0] < mean[8] - 20  # a nought is empty where an eight crosses
 
 
-# ------------------------------------------------------------------------------------------- cifar
+# ---------------------------------------------------------------------------- named sets of images
 
 
-def cifar_files(name, n=3):
-    """Each file's images differ; labels are 0, 1, 2, ... (cifar100: coarse 9, then fine)."""
-    if name == "cifar10":
-        names = [f"data_batch_{k}.bin" for k in range(1, 6)] + ["test_batch.bin"]
-        folder, meta = (
-            "cifar-10-batches-bin",
-            ("batches.meta.txt", "\n".join("abcdefghij") + "\n\n"),
-        )
+@pytest.mark.parametrize("layout", ["folder", "zip", "val in class folders"])
+def test_tiny_imagenet_takes_the_order_of_wnids_and_the_annotations(capsys, layout):
+    files = {"wnids.txt": "n9\nn2\nn1\n", "words.txt": "n1\tfish\n", "test/images/test_0.JPEG": 0}
+    files |= {f"train/n{k // 10}/images/n_{k}.JPEG": k for k in (10, 11, 20, 21)}
+    if layout == "val in class folders":
+        files |= {"val/n1/val_0.JPEG": 40, "val/n2/images/val_1.JPEG": 50, "val/n7/val_2.JPEG": 60}
     else:
-        names, folder = ["train.bin", "test.bin"], "cifar-100-binary"
-        meta = ("fine_label_names.txt", "\n".join(f"fine{k}" for k in range(100)))
-    pixels = RNG.integers(0, 256, (len(names), n, 3, 32, 32), np.uint8)
-    files = {f"{folder}/{meta[0]}": meta[1]}
-    for k, file in enumerate(names):
-        head = np.arange(n, dtype=np.uint8)[:, None]
-        head = head if name == "cifar10" else np.hstack([np.full_like(head, 9), head])
-        files[f"{folder}/{file}"] = np.hstack([head, pixels[k].reshape(n, -1)]).tobytes()
-    return files, pixels
+        files |= {f"val/images/val_{k}.JPEG": 40 + 10 * k for k in range(3)}
+        files["val/val_annotations.txt"] = "val_0.JPEG\tn1\t0\nval_1.JPEG\tn2\t0\nval_2.JPEG\tn7\t0"
+    files = {f"tiny-imagenet-200/{name}": content for name, content in files.items()}
+    put("tiny-imagenet", files, "tiny-imagenet-200.zip" if layout == "zip" else None)
+    train, test = load("tiny-imagenet")
+    assert train.class_names == test.class_names == ["n2", "n1"] and train.groups is None
+    assert (values(train), train.labels.tolist()) == ([20, 21, 10, 11], [0, 0, 1, 1])
+    assert (values(test), test.labels.tolist()) == ([50, 40], [0, 1])
+    out = capsys.readouterr().out
+    assert "1 in test, a third split (" in out and "1 not of the set (" in out
 
 
-ARCHIVES = {"cifar10": "cifar-10-binary.tar.gz", "cifar100": "cifar-100-binary.tar.gz"}
-
-
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_pixels_labels_and_names_are_exact(tmp_path, name, packed):
-    files, pixels = cifar_files(name)
-    if packed:
-        make_tar(tmp_path / name / ARCHIVES[name], files)
-    else:
-        write(tmp_path / name, files)
-    train, test = (load(name, split, 32, tmp_path) for split in ("train", "test"))
-    assert np.array_equal(train.images, pixels[:-1].reshape(-1, 3, 32, 32))
-    assert np.array_equal(test.images, pixels[-1])
-    assert np.array_equal(test.labels, [0, 1, 2])
-    assert train.class_names[:2] == (["a", "b"] if name == "cifar10" else ["fine0", "fine1"])
-
-
-def test_cifar_planes_are_red_green_blue_and_row_major(tmp_path):
-    files, _ = cifar_files("cifar100", 1)
-    record = bytearray(2 + 3072)
-    record[2 + 5], record[2 + 1024 + 32], record[2 + 2048] = 10, 20, 30
-    write(tmp_path / "cifar100", files | {"cifar-100-binary/test.bin": bytes(record)})
-    image = load("cifar100", "test", 32, tmp_path).images[0]
-    assert (image[0, 0, 5], image[1, 1, 0], image[2, 0, 0]) == (10, 20, 30)
-    assert image.astype(int).sum() == 60
-
-
-def test_cifar_without_its_names_file_numbers_the_classes(tmp_path):
-    files, _ = cifar_files("cifar10")
-    del files["cifar-10-batches-bin/batches.meta.txt"]
-    write(tmp_path / "cifar10", files)
-    assert load("cifar10", "test", 32, tmp_path).class_names == list("0123456789")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(bytes(3073 * 2 - 1), "whole records of 3073"), (b"", "whole"), (b"\x0a" * 3073, "label 10")],
-)
-def test_damaged_cifar_is_named(tmp_path, content, message):
-    files, _ = cifar_files("cifar10")
-    write(tmp_path / "cifar10", files | {"cifar-10-batches-bin/data_batch_4.bin": content})
-    with pytest.raises(DataError, match=f"data_batch_4.bin.*{message}"):
-        load("cifar10", "train", 32, tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["folder", "archive"])
-def test_a_pickle_is_never_opened_and_the_binary_version_asked_for(tmp_path, kind):
-    if kind == "folder":
-        write(tmp_path / "cifar10", {"cifar-10-batches-py/data_batch_1": b"pickle"})
-    else:
-        make_tar(tmp_path / "cifar10/cifar-10-python.tar.gz", {"cifar-10-batches-py/x": b"pickle"})
-    with pytest.raises(DataError, match="pickle version.*cifar-10-binary.tar.gz from https"):
-        load("cifar10", "train", 32, tmp_path)
-
-
-@pytest.mark.parametrize("by", [None, 100])
-def test_a_truncated_cifar_archive_is_named(tmp_path, by):
-    make_tar(tmp_path / "cifar10" / ARCHIVES["cifar10"], cifar_files("cifar10")[0])
-    cut(tmp_path / "cifar10" / ARCHIVES["cifar10"], by)
-    with pytest.raises(DataError, match="cifar-10-binary.tar.gz is damaged.*delete it"):
-        load("cifar10", "train", 32, tmp_path)
-
-
-# ------------------------------------------------------------------------------------------ glyphs
-
-
-def test_glyphs_are_deterministic_balanced_and_differ_between_the_splits():
-    train, again = load("glyphs", "test", 28), load("glyphs", "test", 28)
-    assert train.images.shape == (2000, 1, 28, 28)
-    assert np.array_equal(train.images, again.images) and np.array_equal(train.labels, again.labels)
-    assert np.array_equal(np.bincount(train.labels), [200] * 10)
-    other = load("glyphs", "train", 28)
-    assert other.images.shape == (10_000, 1, 28, 28)
-    assert np.array_equal(np.bincount(other.labels), [1000] * 10)
-    seen = {image.tobytes() for image in other.images}
-    assert len(seen) == 10_000 and not seen & {image.tobytes() for image in train.images}
-
-
-def test_glyphs_are_light_on_dark_and_show_their_label():
-    split = load("glyphs", "test", 32)
-    assert split.images.mean() < 60 and split.images.max() > 200
-    mean = np.stack([split.images[split.labels == k].mean((0, 1)) for k in range(10)])
-    centre = mean[:, 14:18, 14:18].mean((1, 2))
-    assert centre[0] < centre[8] - 20  # a nought is empty where an eight crosses
-
-
-# ----------------------------------------------------------------------------------- tiny-imagenet
-
-
-def tiny_files():
-    """Class n2 comes first in wnids.txt; n9 is there without images; val_2 has no known class."""
-    files = {"wnids.txt": "n9\nn2\nn1\n", "words.txt": "n1\tfish\n"}
-    for wnid, value in (("n1", 10), ("n2", 20)):
-        files[f"train/{wnid}/{wnid}_boxes.txt"] = "x\t0\t0\t1\t1\n"
-        for k in range(2):
-            files[f"train/{wnid}/images/{wnid}_{k}.JPEG"] = flat_jpeg(value + k, 64)
-    for k, value in enumerate((40, 50, 60)):
-        files[f"val/images/val_{k}.JPEG"] = encode(np.full((64, 64, 3), value), "jpeg")
-    notes = [
-        "val_0.JPEG\tn1\t0\t0\t1\t1",
-        "val_1.JPEG\tn2\t0\t0\t1\t1",
-        "val_2.JPEG\tn7\t0\t0\t1\t1",
-    ]
-    files["val/val_annotations.txt"] = "\n".join(notes)
-    files["test/images/test_0.JPEG"] = flat_jpeg(0, 64)
-    return {f"tiny-imagenet-200/{name}": content for name, content in files.items()}
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_tiny_imagenet_takes_wnids_order_annotations_and_grey_images(tmp_path, packed):
-    if packed:
-        make_zip(tmp_path / "tiny-imagenet/tiny-imagenet-200.zip", tiny_files())
-    else:
-        write(tmp_path / "tiny-imagenet", tiny_files())
-    train, test = (load("tiny-imagenet", split, 64, tmp_path) for split in ("train", "test"))
-    assert train.class_names == test.class_names == ["n2", "n1"]
-    assert train.images.shape == (4, 3, 64, 64) and test.images.shape == (2, 3, 64, 64)
-    values = dict(zip(train.images[:, 0, 0, 0].tolist(), train.labels.tolist()))
-    assert values == {20: 0, 21: 0, 10: 1, 11: 1}
-    assert dict(zip(test.images[:, 1, 5, 5].tolist(), test.labels.tolist())) == {40: 1, 50: 0}
-    assert (train.images == train.images[:, :1]).all() and train.groups is None
-
-
-def test_tiny_imagenet_without_its_annotations_says_so(tmp_path):
-    files = {n: c for n, c in tiny_files().items() if "annotations" not in n}
-    write(tmp_path / "tiny-imagenet", files)
-    with pytest.raises(DataError, match="no test images of tiny-imagenet"):
-        load("tiny-imagenet", "test", 64, tmp_path)
-
-
-# -------------------------------------------------------------------------------------------- bccd
-
-CELLS = ("EOSINOPHIL", "LYMPHOCYTE", "MONOCYTE", "NEUTROPHIL")
+CELLS = ["EOSINOPHIL", "LYMPHOCYTE", "MONOCYTE", "NEUTROPHIL"]
 
 
 def bccd_files():
+    names = ["TRAIN/{}/_0_1", "TRAIN/{}/_0_2", "TRAIN/{}/_12_3", "TEST/{}/_0_9"]
     files = {"dataset2-master/labels.csv": ",Image,Category\r\n,0,NEUTROPHIL\r\n"}
     for k, cell in enumerate(CELLS):
-        for name in ("TRAIN/{}/_0_1", "TRAIN/{}/_0_2", "TRAIN/{}/_12_3", "TEST/{}/_0_9"):
-            name = f"dataset2-master/images/{name.format(cell)}.jpeg"
-            files[name] = encode(np.full((6, 8, 3), 10 * k), "jpeg")
-    files[f"dataset2-master/images/TEST_SIMPLE/{cell}/_0_5.jpeg"] = flat_jpeg(99)
+        for name in [*names, "TEST_SIMPLE/{}/_0_5"]:
+            files[f"dataset2-master/images/{name.format(cell)}.jpeg"] = 10 * k
     return files
 
 
-@pytest.mark.parametrize("layout", ["folder", "nested", "zip", "tar", "tar.gz"])
-def test_bccd_groups_the_copies_of_one_source_picture(tmp_path, layout):
-    prefix = "dataset2-master/" if layout == "nested" else ""
-    files = {prefix + name: content for name, content in bccd_files().items()}
-    if layout == "zip":
-        make_zip(tmp_path / "bccd/archive.zip", files)
-    elif "tar" in layout:
-        make_tar(tmp_path / f"bccd/any name.{layout}", files, prefix="./")
-    else:
-        write(tmp_path / "bccd", files)
-    train, test = (load("bccd", split, 16, tmp_path) for split in ("train", "test"))
-    assert train.images.shape == (12, 3, 16, 16) and test.images.shape == (4, 3, 16, 16)
-    assert train.class_names == list(CELLS)
-    assert np.array_equal(train.images[:, 0, 0, 0], train.labels * 10)
-    assert Counter(Counter(train.groups.tolist()).values()) == {2: 4, 1: 4}
-    assert len(set(train.groups) | set(test.groups)) == 12  # TEST's _0_ is not TRAIN's
-    for group in set(train.groups):
-        assert len(set(train.labels[train.groups == group])) == 1
-
-
-def test_a_set_that_an_archive_holds_twice_counts_once(tmp_path):
+@pytest.mark.parametrize("layout", ["folder", "held twice", "a.zip", "any name.tar", "a.TAR.gz"])
+def test_bccd_groups_the_copies_of_one_source_picture(capsys, layout):
     files = bccd_files()
-    make_zip(tmp_path / "bccd/a.zip", files | {f"dataset2-master/{n}": c for n, c in files.items()})
-    assert len(load("bccd", "train", 8, tmp_path).images) == 12
+    if layout == "held twice":  # as in Kaggle's archive
+        files |= {f"dataset2-master/{name}": content for name, content in files.items()}
+    put("bccd", files, layout if "." in layout else None)
+    train, test = load("bccd")
+    assert len(train.images) == 12 and len(test.images) == 4 and train.class_names == CELLS
+    assert values(train) == np.repeat([0, 10, 20, 30], 3).tolist() == (10 * train.labels).tolist()
+    a, b, c = train.groups.reshape(4, 3).T  # of each class: _0_1, _0_2, _12_3
+    assert np.array_equal(a, b) and len({*a, *c, *test.groups}) == 12  # TEST's _0_ is another
+    example = {"folder": "4 not of the set (dataset2-master/images/TEST_SIMPLE"}
+    example["held twice"] = "24 not of the set (dataset2-master/dataset2-master/images/TEST/"
+    assert example.get(layout, "4 not of the set (") in capsys.readouterr().out
 
 
-ROWS = [("NEUTROPHIL", 20), ("EOSINOPHIL", 5), ("", 2), ("NEUTROPHIL, EOSINOPHIL", 2)]
-ROWS += [("BASOPHIL", 2), ("MONOCYTE", 10)]
-
-
-def original_files(variant):
-    """40 pictures and one missing (MONOCYTE), each of the grey value of its number."""
-    lines, number = [], 0
-    for category, count in ROWS:
-        for _ in range(count):
-            cell = f'"{category}"' if "," in category else category
-            lines.append(f",{number},{cell}" if variant == "crlf" else f"{number},{cell}")
-            number += 1
-    head, end = (",Image,Category", "\r\n") if variant == "crlf" else ("Image,Category", "\n")
-    files = {"dataset-master/labels.csv": end.join([head, *lines, ""])}
-    for k in range(number - 1):
-        files[f"dataset-master/JPEGImages/BloodImage_{k:05d}.jpg"] = flat_jpeg(k)
-    return files
-
-
-@pytest.mark.parametrize("variant", ["crlf", "lf"])
+@pytest.mark.parametrize(("first", "end"), [(",", "\r\n"), ("", "\n")])
 @pytest.mark.parametrize("prefix", ["", "dataset-master/"])
-def test_bccd_originals_keep_the_rows_with_one_class_and_a_picture(tmp_path, variant, prefix):
-    write(tmp_path / "bccd", {prefix + n: c for n, c in original_files(variant).items()})
-    train, test = (load("bccd", split, 8, tmp_path) for split in ("train", "test"))
-    assert train.class_names == ["EOSINOPHIL", "MONOCYTE", "NEUTROPHIL"]
+def test_bccd_originals_are_the_rows_with_one_class_and_a_picture(prefix, first, end):
+    counts = {"NEUTROPHIL": 20, "EOSINOPHIL": 5, "": 2, '"NEUTROPHIL, EOSINOPHIL"': 2}
+    counts |= {"BASOPHIL": 2, "MONOCYTE": 10}
+    labels = [label for label, count in counts.items() for _ in range(count)]
+    lines = [f"{first}Image,Category", *(f"{first}{k},{label}" for k, label in enumerate(labels))]
+    files = {f"{prefix}JPEGImages/BloodImage_{k:05d}.jpg": k for k in range(len(labels) - 1)}
+    write("data/bccd", files | {f"{prefix}labels.csv": end.join(lines)})
+    train, test = load("bccd")
+    assert train.class_names == ["EOSINOPHIL", "MONOCYTE", "NEUTROPHIL"] and train.groups is None
     assert np.bincount(train.labels).tolist() == [4, 8, 16]
     assert np.bincount(test.labels).tolist() == [1, 1, 4]
-    values = {split: s.images[:, 0, 0, 0].tolist() for split, s in (("a", train), ("b", test))}
-    assert sorted(values["a"] + values["b"]) == [*range(25), *range(31, 40)]
-    assert all((v < 20) == (k == 2) for v, k in zip(values["a"], train.labels))
-    assert train.groups is None
+    assert sorted(values(train) + values(test)) == [*range(25), *range(31, 40)]
+    assert all((v < 20) == (k == 2) for v, k in zip(values(train), train.labels))
 
 
-def test_bccd_augmented_pictures_win_and_labels_csv_alone_is_no_set(tmp_path):
-    write(tmp_path / "bccd", original_files("crlf") | bccd_files())
-    assert len(load("bccd", "train", 8, tmp_path).images) == 12
-    write(tmp_path / "b/bccd", {"dataset-master/labels.csv": ",Image,Category\r\n"})
-    with pytest.raises(DataError, match="bccd is not in .*kaggle"):
-        load("bccd", "train", 8, tmp_path / "b")
-
-
-@pytest.mark.parametrize("text", ["Number,Kind\n1,x\n", "Image,Category\nx1,MONOCYTE\n"])
-def test_a_damaged_labels_csv_is_named(tmp_path, text):
-    write(tmp_path / "bccd", original_files("lf") | {"dataset-master/labels.csv": text})
-    with pytest.raises(DataError, match="labels.csv is damaged"):
-        load("bccd", "train", 8, tmp_path)
-
-
-# ----------------------------------------------------------------------------------------- oct2017
-
-
-def oct_files():
+@pytest.mark.parametrize("root", ["OCT2017/", "OCT2017 /", "OCT2017 /OCT2017/", "Data/OCT/", ""])
+@pytest.mark.parametrize("archive", ["archive.zip", None])
+def test_oct2017_groups_by_patient_in_every_layout(capsys, root, archive):
     names = ["train/CNV/CNV-11-1", "train/CNV/CNV-11-2", "train/DME/DME-11-1", "train/DME/DME-7-1"]
-    names += ["test/CNV/CNV-11-3", "test/DME/DME-5-1"]
-    return {f"{name}.jpeg": flat_jpeg(10 * k) for k, name in enumerate(names)}
-
-
-ROOTS = ["OCT2017/", "OCT2017 /", "OCT2017 /OCT2017/", "CellData/OCT/", ""]
-
-
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("root", ROOTS)
-def test_oct2017_groups_by_patient_in_every_layout(tmp_path, root, packed):
-    files = {root + name: content for name, content in oct_files().items()}
-    files["CellData/chest_xray/train/NORMAL/NORMAL-1-1.jpeg"] = flat_jpeg(200)
-    files |= {
-        f"__MACOSX/{root}train/CNV/CNV-11-1.jpeg": b"x",
-        root + "train/CNV/._CNV-1-1.jpeg": b"",
-    }
-    if packed:
-        make_zip(tmp_path / "oct2017/archive.zip", files)
-    else:
-        write(tmp_path / "oct2017", files)
-    train, test = (load("oct2017", split, 8, tmp_path) for split in ("train", "test"))
-    assert train.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30]  # one channel
+    names += ["test/CNV/CNV-11-3", "test/DME/DME-5-1", "val/CNV/CNV-99-1"]
+    files = {f"{root}{name}.jpeg": 10 * k for k, name in enumerate(names)}
+    files[f"__MACOSX/{root}train/CNV/CNV-11-1.jpeg"] = files[f"{root}train/CNV/._CNV-1-1.jpeg"] = ""
+    files["Data/chest_xray/train/NORMAL/NORMAL-1-1.jpeg"] = 200
+    put("oct2017", files, archive)
+    train, test = load("oct2017", channels=1)
+    assert train.images.shape == (4, 1, 8, 8) and values(train) == [0, 10, 20, 30]
     assert train.class_names == ["CNV", "DME"] and train.labels.tolist() == [0, 0, 1, 1]
     a, b, c, d = train.groups
     assert a == b == c != d and test.groups[0] == a and test.groups[1] not in (a, d)
+    out = capsys.readouterr().out
+    assert "1 in val, a third split (" in out and "1 not of the set (" in out and "zip" not in out
 
 
-def test_what_cannot_be_downloaded_says_what_to_put_where(tmp_path):
-    with pytest.raises(DataError, match="oct2017 is not in .*put OCT2017 from https://data.mendel"):
-        load("oct2017", "train", 8, tmp_path)
+ORIGINAL = {"JPEGImages/BloodImage_1.jpg": 1}
 
 
-# ------------------------------------------------------------------------------- folders of images
+@pytest.mark.parametrize(
+    ("name", "files", "message"),
+    [
+        ("oct2017", {}, "oct2017 is not in data/oct2017: put OCT2017 from https://data.mendel"),
+        ("bccd", {"labels.csv": "Image,Category\n"}, "bccd is not in data/bccd: put dataset2-m"),
+        ("bccd", ORIGINAL | {"labels.csv": "Number,Kind\n1,x\n"}, "labels.csv is damaged"),
+        ("bccd", ORIGINAL | {"labels.csv": "Image,Category\nx,BASOPHIL\n"}, "labels.csv is dam"),
+        ("tiny-imagenet", tree("train/n1/images/1 val/images/2"), "has no test images of tiny-im"),
+        ("oct2017", {"train/CNV/CNV-1-1.jpeg": 1, "test/DME/DME-1-1.jpeg": 1}, "lacks: DME"),
+        ("set", tree("a/1 b/2"), "set has no test images of set"),
+        ("set", tree("train/Disc/1 train/Box/2 test/disc/3 test/Box/4"),
+         "set: test has classes that train (Box, Disc) lacks: disc"),
+        ("set", tree("x/y/a/1"), "no images in set; left out: 1 too deep (x/y/a/1.png)"),
+        ("set", tree("a.txt"), "no images in set; left out: 1 of an unread suffix (a.txt)"),
+        ("minst", {}, "'minst' is no folder of images and none of glyphs, mnist, cifar10"),
+    ],
+)  # fmt: skip
+def test_a_set_that_is_not_there_gets_one_line_with_the_way_out(capsys, name, files, message):
+    write(f"data/{name}" if name in data.SETS else name, files)
+    assert message in fails(capsys, load, name)
+    if name not in data.SETS:  # found before anything is built
+        assert message in fails(capsys, data.set_facts, name)
 
 
-def classes(n=10, prefix=""):
-    return {f"{prefix}{c}/{k}.png": flat(20 * i + k) for i, c in enumerate("ab") for k in range(n)}
+# ---------------------------------------------------------------------------- folders of images
 
 
-@pytest.mark.parametrize("held", ["test", "val", "valid", "Test"])
-def test_a_folder_with_train_and_test(tmp_path, held):
-    write(tmp_path, classes(3, "train/") | classes(2, f"{held}/") | {"train/readme.txt": "no"})
-    train, test = (load(str(tmp_path), split, 8, tmp_path) for split in ("train", "test"))
-    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1] and test.labels.tolist() == [0, 0, 1, 1]
-    assert train.class_names == ["a", "b"] and train.groups is None
-    assert train.images[:, 2, 3, 4].tolist() == [0, 1, 2, 20, 21, 22]
+@pytest.mark.parametrize(
+    ("files", "train", "test", "left_out"),
+    [
+        ("train/a/1 train/b/2 test/a/3 test/b/4", "1a 2b", "3a 4b", ""),
+        ("Train/a/1 Train/b/2 Testing/a/3 Testing/b/4", "1a 2b", "3a 4b", ""),
+        ("TRAINING/a/1 TRAINING/b/2 Validation/a/3 Validation/b/4", "1a 2b", "3a 4b", ""),
+        ("train/a/1 train/b/2 valid/b/4", "1a 2b", "4b", ""),
+        ("train/a/1 train/b/2 train/c/3 val/c/4 val/a/5", "1a 2b 3c", "5a 4c", ""),
+        ("train/a/1 train/b/2 test/a/3 val/a/4", "1a 2b", "3a", "1 in val, a third split (val/a/4"),
+        ("train/a/1 train/b/2 test/3 val/a/4", "1a 2b", "4a", "1 without a class folder (test/3"),
+        ("train/a/1 train/b/2 train/3 val/a/4", "1a 2b", "4a", "1 without a class folder (train/3"),
+        ("train/a/1 train/b/2 train/a/w/3 val/a/4", "1a 2b", "4a", "1 too deep (train/a/w/3"),
+        ("train/a/1 train/b/2 val/a/4 new/3 7", "1a 2b", "4a", "2 outside train and test (7"),
+        ("train/a/1 train/b/2 val/a/4 x.png.txt", "1a 2b", "4a", "1 of an unread suffix (x"),
+        ("train/a/1 train/b/2 val/a/4 .x.png __MACOSX/a/x.png", "1a 2b", "4a", ""),
+        ("train/a/1 train/2 test/a/3", "2 1", "3", ""),  # one folder is no class
+    ],
+)  # fmt: skip
+def test_what_a_folder_holds_is_used_or_named(capsys, files, train, test, left_out):
+    write("set", tree(files))
+    splits = load("set")
+    for split, expected in zip(splits, (train.split(), test.split())):
+        assert split.groups is None and values(split) == [int(word[0]) for word in expected]
+        labels = [split.class_names[k] for k in split.labels] if split.labels is not None else []
+        assert labels == [word[1] for word in expected if word[1:]]
+    counts = " + ".join(str(len(split.images)) for split in splits)
+    line = f"set: {counts} images (train + test), {len(splits[0].class_names) or 'no'} classes"
+    out = capsys.readouterr().out
+    assert out.split(".png")[0].strip() == line + (f"; left out: {left_out}" if left_out else "")
 
 
-def test_test_wins_over_val(tmp_path):
-    write(tmp_path, classes(3, "train/") | classes(2, "val/") | classes(1, "test/"))
-    assert len(load(str(tmp_path), "test", 8, tmp_path).images) == 2
+def classes(prefix=""):
+    """Two classes of ten: a/0 .. a/9, b/20 .. b/29."""
+    return tree(" ".join(f"{prefix}{'ab'[k // 20]}/{k}" for k in [*range(10), *range(20, 30)]))
 
 
 @pytest.mark.parametrize("prefix", ["", "train/"])
-def test_a_loose_image_beside_class_folders_has_no_class_and_is_left_out(tmp_path, prefix):
-    write(tmp_path, classes(5, prefix) | {f"{prefix}cover.png": flat(99)})
-    splits = [load(str(tmp_path), split, 8, tmp_path) for split in ("train", "test")]
-    assert [split.labels.tolist() for split in splits] == [[0] * 4 + [1] * 4, [0, 1]]
-    assert all(99 not in split.images for split in splits) and describe(str(tmp_path)).classes == 2
+def test_an_80_20_split_is_disjoint_complete_and_within_each_class(prefix):
+    write("set", classes(prefix))
+    os.rename(f"set/{prefix}a/9.png", os.fsencode(f"set/{prefix}a/caf") + b"\xe9.png")  # no text
+    train, test = load("set")
+    assert [np.bincount(split.labels).tolist() for split in (train, test)] == [[8, 8], [2, 2]]
+    assert sorted(values(train) + values(test)) == [*range(10), *range(20, 30)]
+    assert values(test) not in ([8, 9, 28, 29], [0, 1, 20, 21])
+    assert set(values(load("set", limit=3, seed=5)[1])) < set(values(test))  # for every seed
 
 
-@pytest.mark.parametrize("prefix", ["", "train/"])
-def test_an_80_20_split_is_disjoint_complete_deterministic_and_within_class(tmp_path, prefix):
-    write(tmp_path, classes(10, prefix))
-    splits = [load(str(tmp_path), s, 8, tmp_path, seed=s == "test") for s in ("train", "test")]
-    values = [split.images[:, 0, 0, 0].tolist() for split in splits]
-    assert [np.bincount(split.labels).tolist() for split in splits] == [[8, 8], [2, 2]]
-    assert sorted(values[0] + values[1]) == [*range(10), *range(20, 30)]
-    assert values[1] != [8, 9, 28, 29] and values[1] != [0, 1, 20, 21]
-    again = load(str(tmp_path), "test", 8, tmp_path, seed=5)
-    assert again.images[:, 0, 0, 0].tolist() == values[1]
+@pytest.mark.parametrize("prefix", ["", "images/", "train/", "Train/images/"])
+def test_images_without_classes_all_train_and_a_fifth_of_them_is_test(prefix):
+    write("set", tree(" ".join(f"{prefix}{k}" for k in range(20))))
+    train, test = load("set")
+    assert sorted(values(train)) == list(range(20)) and len(test.images) == 4
+    assert train.labels is None and test.labels is None and train.class_names == []
+    assert len(load("set", limit=7)[0].images) == 7
 
 
-def test_images_without_classes_all_train_and_a_fifth_of_them_is_test(tmp_path):
-    write(tmp_path, {f"{k}.png": flat(k) for k in range(20)} | {".hidden.png": b"x", "a.txt": b""})
-    train, test = (load(str(tmp_path), split, 8, tmp_path) for split in ("train", "test"))
-    assert sorted(train.images[:, 0, 0, 0]) == list(range(20)) and len(test.images) == 4
-    assert (
-        train.labels is None and train.class_names == [] and describe(str(tmp_path)).classes is None
-    )
-    assert len(load(str(tmp_path), "train", 8, tmp_path, limit=7).images) == 7
+def test_links_are_followed_but_not_back_to_a_parent():
+    write("elsewhere", tree("3 4"))
+    write("set", tree("a/1 a/2"))
+    os.symlink("../elsewhere", "set/b")
+    os.symlink("..", "set/a/up")
+    assert sorted(data.list_files(Path("set"))) == ["a/1.png", "a/2.png", "b/3.png", "b/4.png"]
 
 
-def test_every_suffix_and_mode_is_read(tmp_path):
-    image = Image.new("RGB", (8, 8), (200, 100, 50))
-    for suffix in ("png", "JPG", "jpeg", "bmp", "gif", "webp", "tif", "TIFF"):
-        image.save(tmp_path / f"x.{suffix}")
-    image.convert("CMYK").save(tmp_path / "cmyk.jpg")
-    image.convert("RGBA").save(tmp_path / "rgba.png")
-    image.quantize(4).save(tmp_path / "palette.png", transparency=b"\x00\x80")
-    split = load(str(tmp_path), "train", 8, tmp_path)
-    assert split.images.shape == (11, 3, 8, 8)
-    assert abs(split.images[:, :, 4, 4].astype(int) - [200, 100, 50]).max() < 12
+# ---------------------------------------------------------------------------- what a viewer shows
 
 
-def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
-    deep = (np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).astype(np.uint16)
-    Image.fromarray(deep).save(tmp_path / "a.png")
-    assert describe(str(tmp_path)).channels == 1
-    image = load(str(tmp_path), "train", 8, tmp_path).images[0, 0]
-    assert abs(image.astype(float) - deep / 257).max() <= 1
+def test_pictures_stand_upright():
+    shown = Image.fromarray(RNG.integers(0, 256, (8, 8, 3), np.uint8))
+    turn = Image.Transpose  # how a picture is stored that EXIF lets a viewer turn back
+    stored = [None, turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM, turn.TRANSPOSE]
+    stored += [turn.ROTATE_90, turn.TRANSVERSE, turn.ROTATE_270]
+    Path("set").mkdir()
+    for orientation, how in enumerate(stored, 1):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image = shown if how is None else shown.transpose(how)
+        image.save(f"set/{orientation}.png", exif=exif)
+    images = load("set")[0].images
+    assert len(images) == 8 and (images == np.asarray(shown).transpose(2, 0, 1)).all()
 
 
-def test_a_damaged_image_is_named_by_load_and_by_describe(tmp_path):
-    noise = encode(RNG.integers(0, 256, (64, 64, 3)), "jpeg")
-    write(tmp_path, {"a/1.jpg": noise, "a/2.jpg": noise[:-900]})
-    with pytest.raises(DataError, match="a/2.jpg is damaged.*delete it"):
-        [load(str(tmp_path), split, 8, tmp_path) for split in ("train", "test")]
-    write(tmp_path, {"a/2.jpg": b"nothing"})
-    with pytest.raises(DataError, match="a/2.jpg is damaged"):
-        describe(str(tmp_path))
+@pytest.mark.parametrize("top", [4095, 8191, 8192, 65535])
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_sixteen_bits_are_scaled_by_257_and_a_dark_set_is_said_once(capsys, suffix, top):
+    deep = np.linspace(0, top, 64).round().astype(np.uint16).reshape(8, 8)
+    names = [f"{split}/{c}/1.{suffix}" for split in ("train", "test") for c in "ab"]
+    write("set", dict.fromkeys(names, Image.fromarray(deep)))
+    for split in load("set"):
+        assert (split.images == deep // 257).all()
+    warned = f"warning: set: 16-bit images reach only {top:,} of 65,535"
+    assert capsys.readouterr().out.count(warned) == (top < 65536 / 8)
+    load("set")
+    assert "warning" not in capsys.readouterr().out  # only when it is decoded
 
 
-def test_resizing_averages_over_all_pixels_and_ignores_the_aspect(tmp_path):
-    board = np.indices((64, 128)).sum(0) % 2 * 255  # one-pixel checks: mean 127.5
-    write(tmp_path, {"a.png": encode(board), "b.png": flat(77, 4, 1)})
-    images = load(str(tmp_path), "train", 16, tmp_path).images
-    assert images.shape == (2, 1, 16, 16) and images.std((1, 2, 3)).max() < 20
-    assert sorted(images.mean((1, 2, 3)).round(-1)) == [80, 130] and (images == 77).sum() == 256
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_transparency_is_laid_on_white(mode, channels):
+    alpha = np.repeat(np.uint8([0, 128, 255, 255]), 16).reshape(8, 8)  # clear, half, solid
+    if mode in ("RGBA", "LA"):
+        image, options, half = Image.new(mode, (8, 8), (100,) * len(mode)), {}, 177
+        image.putalpha(Image.fromarray(alpha))
+    else:  # one grey value, or one of the palette, stands for clear
+        image = Image.fromarray(np.where(alpha, 100, 7).astype(np.uint8)).convert(mode)
+        options, half = {"transparency": image.getpixel((0, 0))}, 100
+    Path("set").mkdir()
+    image.save("set/1.png", **options)
+    image.save("set/2.png", **options)
+    for image in load("set", channels=channels)[0].images:
+        assert (image[:, :2] == 255).all() and (image[:, 4:] == 100).all()
+        assert abs(image[:, 2:4].astype(int) - half).max() <= 1
 
 
-# ---------------------------------------------------------------------------------------- describe
+NOISE = io.BytesIO()
+Image.fromarray(RNG.integers(0, 256, (64, 64, 3), np.uint8)).save(NOISE, "jpeg")
 
 
-def test_describe_touches_no_disk_for_a_known_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "mnist", {"a.png": flat(0, 100)})  # a known name wins over a folder
-    monkeypatch.setattr("builtins.open", None)
-    monkeypatch.setattr(Path, "is_dir", None)
-    monkeypatch.setattr("os.stat", None)
-    assert [describe(name) for name in sets.INFOS] == list(sets.INFOS.values())
-    assert [describe(n).side for n in ("glyphs", "tiny-imagenet", "oct2017")] == [32, 64, 256]
-    assert [n for n in sets.INFOS if not describe(n).flip] == ["glyphs", "mnist"]
-    assert [n for n in sets.INFOS if describe(n).channels == 1] == ["glyphs", "mnist", "oct2017"]
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("1.tif", Image.new("F", (8, 8)), "has floating-point pixels"),
+        ("1.tif", Image.new("I", (8, 8), 65536), "has pixels beyond 0..65,535"),
+        ("1.tif", Image.new("I", (8, 8), -1), "has pixels beyond 0..65,535"),
+        ("1.png", b"<html>404</html>", "is damaged (cannot identify image file"),
+        ("1.png", b"", "is damaged (cannot identify image file"),
+        ("1.jpg", NOISE.getvalue()[:-900], "is damaged (image file is truncated"),
+    ],
+)
+def test_what_cannot_be_read_is_named(capsys, file, content, message):
+    write("set", {file: content, f"2{file}": content, "3.png": 1})
+    assert data.set_facts("set").channels == 3  # a few damaged files do not hide the others
+    assert f"set/{file} {message}" in fails(capsys, load, "set")
+    assert entries("data/cache") == []
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_a_picture_too_large_or_closed_to_us_is_not_called_damaged(capsys, monkeypatch):
+    write("set", tree("1 2"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)  # Pillow refuses twice as many
+    assert data.set_facts("set").channels == 3
+    assert "set/1.png is too large to decode: shrink it" in fails(capsys, load, "set")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32)
+    assert len(load("set")[0].images) == 2
+
+    def closed(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Image, "open", closed)
+    assert "set/1.png cannot be read: Permission denied" in fails(capsys, load, "set", 16)
+
+
+def test_of_several_pages_or_frames_the_first_is_read_and_said_once(capsys):
+    page, later = (Image.new("RGB", (8, 8), (value,) * 3) for value in (10, 200))
+    write("set", {f"{split}/{c}/1.png": 10 for split in ("train", "test") for c in "ab"})
+    for name in ("train/a/2.gif", "train/b/2.tif", "test/b/2.webp"):
+        page.save(f"set/{name}", save_all=True, append_images=[later], lossless=True)
+    page.save("set/train/a/3.jpg", format="MPO", save_all=True, append_images=[later])
+    train, test = load("set")
+    assert values(train) == [10] * 5 and values(test) == [10] * 3
+    assert "set: 3 files have several pages or frames" in capsys.readouterr().out
+
+
+def test_every_suffix_that_pillow_decodes_is_read_in_any_case(capsys):
+    image, suffixes = Image.new("RGB", (8, 8), (200, 100, 50)), ["png", "JPG", "jpeg", "jpe"]
+    suffixes += ["bmp", "gif", "webp", "tif", "TIFF", "ppm", "tga", "pcx", "ico", "jp2", "sgi"]
+    Path("set").mkdir()
+    for suffix in suffixes:
+        image.save(f"set/x.{suffix}")
+    for suffix in ("jfif", "JFIF", "mpo"):
+        image.save(f"set/x.{suffix}", format="JPEG")
+    image.convert("CMYK").save("set/cmyk.jpg")
+    image.convert("1").save("set/bits.png")
+    write("set", dict.fromkeys([f"x.{x}" for x in ("eps", "EPS", "wmf", "h5", "mpg")], b"%!PS"))
+    images = load("set")[0].images
+    assert images.shape == (20, 3, 8, 8)
+    close = abs(images[..., 4, 4].astype(int) - [200, 100, 50]).max(1) < 12
+    assert close.sum() == 19  # all but the black and white one
+    assert "5 of an unread suffix (x.EPS)" in capsys.readouterr().out
+    assert not data.SUFFIXES & {".eps", ".ps", ".emf", ".hdf", ".grib", ".bufr", ".mpeg", ".pdf"}
+
+
+def test_resizing_averages_over_all_pixels_and_ignores_the_aspect():
+    board = (np.indices((64, 128)).sum(0) % 2 * 255).astype(np.uint8)  # one-pixel checks
+    write("set", {"a.png": Image.fromarray(board), "b.png": Image.new("L", (4, 9), 77)})
+    board, grey = load("set", 16)[0].images
+    assert board.shape == (3, 16, 16) and abs(board.mean() - 127.5) < 1 and board.std() < 20
+    assert (grey == 77).all()
+
+
+# ---------------------------------------------------------------------------- facts and limit
+
+
+def test_known_names_touch_no_disk(monkeypatch):
+    write("mnist", {"a.png": Image.new("L", (100, 100))})  # a known name wins over a folder
+    for name in ("builtins.open", "os.stat", "os.scandir"):
+        monkeypatch.setattr(name, None)
+    facts = {name: data.set_facts(name) for name in data.SETS}
+    assert [facts[name].row for name in ("mnist", "tiny-imagenet", "oct2017")] == [32, 64, 256]
+    assert [name for name in facts if not facts[name].flip] == ["glyphs", "mnist"]
+    assert [name for name in facts if facts[name].channels == 1] == ["glyphs", "mnist", "oct2017"]
 
 
 @pytest.mark.parametrize(("sides", "row"), [((8, 32, 90), 32), ((33, 20, 64), 64), ((65, 65), 256)])
-def test_describe_takes_the_median_shorter_side(tmp_path, sides, row):
-    folder = tmp_path / "holiday"
-    write(folder, {f"c/{k}.png": encode(np.zeros((s, s + 50))) for k, s in enumerate(sides)})
-    assert describe(str(folder)) == sets.Info("holiday", 1, 1, row, True)
-    write(folder, {"d/0.png": encode(np.zeros((sides[0], 99, 3)))})
-    info = describe(str(folder))
-    assert (info.channels, info.classes) == (3, 2)
+def test_a_folder_has_the_row_of_its_median_shorter_side(sides, row):
+    write("set", {f"c/{k}.png": Image.new("L", (s + 50, s)) for k, s in enumerate(sides)})
+    assert data.set_facts("set") == data.Facts(3, row, True)
 
 
-def test_a_name_that_is_nothing_lists_the_sets(tmp_path):
-    with pytest.raises(DataError, match="minst.*glyphs, mnist, cifar10"):
-        describe("minst")
-    with pytest.raises(DataError, match="no images in"):
-        describe(str(tmp_path))
-    with pytest.raises(DataError, match="'val'.*train or test"):
-        load("glyphs", "val", 32)
-
-
-# ------------------------------------------------------------------------------------------- limit
-
-
-def test_a_limit_is_a_seeded_sample_equal_over_the_classes(tmp_path):
-    files, pixels = mnist_files(200)
+def test_a_limit_is_a_seeded_sample_equal_over_the_classes(capsys):
+    files, pixels, _ = mnist_files(n=200)
     labels = np.repeat([0, 1, 2, 3], [100, 60, 37, 3])
-    write(tmp_path / "mnist", files | {LABELS: gzip.compress(idx(labels))})
-    split = load("mnist", "train", 28, tmp_path, limit=41)
+    write("data/mnist", files | {LABELS: gzip.compress(idx(labels))})
+    split, other = load("mnist", 28, 1, limit=41)
+    assert len(other.images) == 41
     assert sorted(np.bincount(split.labels)) == [3, 12, 13, 13]  # the small class gives all it has
-    where = [int((pixels == image).all((1, 2)).argmax()) for image in split.images[:, 0]]
+    where = [int((pixels[0] == image).all((1, 2)).argmax()) for image in split.images[:, 0]]
     assert where == sorted(set(where)) and np.array_equal(labels[where], split.labels)
     assert where[:13] != list(range(13))
-    again, other = (load("mnist", "train", 28, tmp_path, limit=41, seed=s).images for s in (0, 1))
+    again, other = (load("mnist", 28, 1, 41, seed)[0].images for seed in (0, 1))
     assert np.array_equal(again, split.images) and not np.array_equal(other, split.images)
     for limit in (0, 200, 999):
-        assert np.array_equal(load("mnist", "train", 28, tmp_path, limit=limit).labels, labels)
+        assert np.array_equal(load("mnist", 28, 1, limit)[0].labels, labels)
+    assert "below" not in capsys.readouterr().out
+    load("mnist", 28, 1, limit=9)
+    assert "--limit 9 is below the 10 classes" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------- archives
+# ---------------------------------------------------------------------------- archives
 
 
-def test_an_archive_reads_alike_as_folder_zip_and_tar(tmp_path):
-    files = {"b/x.bin": b"1" * 3000, "a.txt": b"2", ".hidden": b"3", "__MACOSX/a.txt": b"4"}
-    write(tmp_path / "folder", files)
-    make_zip(tmp_path / "a.zip", files)
-    make_tar(tmp_path / "a.tar", files)
-    make_tar(tmp_path / "a.tgz", files, prefix="./")
-    for name in ("folder", "a.zip", "a.tar", "a.tgz"):
-        archive = Archive(tmp_path / name)
-        assert list(archive.members) == ["a.txt", "b/x.bin"], name
-        assert archive.read("b/x.bin") == b"1" * 3000 and archive.read("a.txt") == b"2"
+@contextmanager
+def full_disk():
+    """No file can grow beyond 1,000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("make", [make_zip, make_tar])
-def test_the_limits_of_an_archive_hold(tmp_path, monkeypatch, make):
-    path = tmp_path / ("a.zip" if make is make_zip else "a.tar.gz")
-    make(path, {f"{k}.txt": bytes(1000 * k) for k in range(6)})
-    assert len(Archive(path).members) == 6
-    monkeypatch.setattr("files.MAX_MEMBERS", 5)
-    with pytest.raises(DataError, match="more than 5 files"):
-        Archive(path).members  # noqa: B018
-    monkeypatch.undo()
-    monkeypatch.setattr("files.MAX_BYTES", 4999)
-    with pytest.raises(DataError, match="5.txt has 5,000 bytes"):
-        Archive(path).members  # noqa: B018
+@pytest.mark.parametrize("other_run", [False, True])
+def test_an_archive_is_unpacked_once_out_of_sight(monkeypatch, other_run):
+    pack("data/bccd/a.zip", bccd_files())
+    extract, seen = data.extract_zip, []
+
+    def watched(path, folder):
+        extract(path, folder)
+        seen.append([folder.name, *entries("data/bccd")])
+        if other_run:  # was quicker
+            shutil.copytree(folder, "data/bccd/a")
+
+    monkeypatch.setattr(data, "extract_zip", watched)
+    for _ in range(2):
+        assert len(load("bccd")[0].images) == 12
+    hidden = f".a.{platform.node()}-{os.getpid()}"
+    assert seen == [[hidden, hidden, "a.zip"]] and entries("data/bccd") == ["a", "a.zip"]
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])
-def test_an_archive_cut_short_is_refused_wherever_the_cut_is(tmp_path, name):
-    path = tmp_path / name
-    files = {f"{k}.bin": RNG.bytes(1000) for k in range(4)}
-    (make_zip if name == "a.zip" else make_tar)(path, files)
+def test_a_damaged_archive_is_named_wherever_the_damage_is(capsys, name):
+    path = Path("data/bccd", name)
+    pack(path, {f"{k}.bin": RNG.bytes(1000) for k in range(4)})
     whole = path.read_bytes()
-    used = {"a.zip": len(whole), "a.tar": 4 * 1536}.get(name, len(whole) - 100)  # then only zeros
-    for size in (used - 10, used - 700, used * 3 // 4 + 100, used // 2, 1536 * 2 + 100, 700):
-        path.write_bytes(whole[:size])
-        with pytest.raises(DataError, match="damaged"):
-            [Archive(path).read(file) for file in files]
+    end = len(whole.rstrip(b"\0")) if name == "a.tar" else len(whole)  # then only zeros
+    cuts = [end - 1, end - 700, end * 3 // 4, end // 2, 4096, 700, 0]  # 4096: between members
+    at = {"a.tar": 4096 + 148}.get(name, end // 2)  # the checksum of a header
+    changed = whole[:at] + bytes(8) + whole[at + 8 :]
+    for damaged in [whole[:cut] for cut in cuts] + [changed]:
+        path.write_bytes(damaged)
+        assert f"{path} is damaged (" in fails(capsys, load, "bccd")
+        assert entries("data/bccd") == [name]
 
 
-def test_a_member_whose_bytes_changed_is_refused(tmp_path):
-    make_zip(tmp_path / "bccd/a.zip", bccd_files())
-    path = tmp_path / "bccd/a.zip"
-    raw = bytearray(path.read_bytes())
-    raw[300:330] = bytes(30)
-    path.write_bytes(raw)
-    with pytest.raises(DataError, match="a.zip"):
-        load("bccd", "train", 8, tmp_path)
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+@pytest.mark.parametrize("member", ["../out.jpeg", "{here}/out.jpeg", "link/out.jpeg"])
+def test_no_member_leaves_its_folder(tmp_path, capsys, kind, member):
+    member, path = member.format(here=tmp_path), Path(f"data/bccd/a.{kind}")
+    path.parent.mkdir(parents=True)
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(member, b"x")
+    else:
+        with tarfile.open(path, "w") as archive:
+            link, file = tarfile.TarInfo("link"), tarfile.TarInfo(member)
+            link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+            for info in [link] * ("link" in member) + [file]:
+                archive.addfile(info)
+    fails(capsys, load, "bccd")
+    for file in tmp_path.rglob("out.jpeg"):
+        assert file.is_relative_to(tmp_path / "data/bccd/a")
 
 
-# ------------------------------------------------------------------------------------------- cache
+def test_leftovers_of_dead_processes_are_removed():
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = platform.node()
+    gone = [f".a.{host}-{dead.pid}", f".b.{host}-{dead.pid}"]
+    stay = [f".a.{host}-{os.getppid()}", f".a.elsewhere-{dead.pid}", f".a.{host}-2-{dead.pid}"]
+    write("data/cache", dict.fromkeys(gone + stay, ""))
+    write("data/bccd", {f"{name}/images/1.png": 1 for name in gone + stay})
+    pack("data/bccd/a.zip", bccd_files())
+    load("bccd")
+    assert entries("data/bccd") == sorted([*stay, "a", "a.zip"])
+    assert entries("data/cache")[:-1] == sorted(stay)
+
+
+def test_a_full_disk_is_not_called_damage():
+    pack("data/bccd/a.zip", {"images/TRAIN/MONOCYTE/_1_1.jpeg": RNG.bytes(5000)})
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        load("bccd")
+    assert entries("data/bccd") == ["a.zip"]
+
+
+# ---------------------------------------------------------------------------- cache
 
 
 @pytest.fixture
-def cached(tmp_path, monkeypatch):
-    """A folder of 20 images that counts as large, its data folder, and a counter of decodings."""
-    monkeypatch.setattr(data, "CACHE_FILES", 4)
-    write(tmp_path / "set", classes(10))
+def calls(monkeypatch):
+    """A folder `set` of 20 images, and a list that grows with each image that is decoded."""
+    write("set", classes())
     calls, fit = [], data.fit
     monkeypatch.setattr(data, "fit", lambda *args: calls.append(1) or fit(*args))
-    return tmp_path / "set", tmp_path / "data", calls
+    return calls
 
 
-def test_the_second_load_comes_from_the_cache(cached):
-    folder, data_dir, calls = cached
-    first = load(str(folder), "train", 8, data_dir)
-    assert len(calls) == 16 and isinstance(first.images, np.memmap)
-    second = load(str(folder), "train", 8, data_dir)
-    assert len(calls) == 16 and np.array_equal(first.images, second.images)
-    assert sorted(first.images[:, 0, 0, 0]) != sorted(np.zeros(16))
-    with pytest.raises(ValueError, match="read-only"):
-        second.images[0] = 0
-    load(str(folder), "train", 16, data_dir)
-    assert len(calls) == 32  # another size is another file
-    assert len(list((data_dir / "cache").iterdir())) == 2
+def test_the_second_load_comes_from_the_cache(calls):
+    first, second = load("set"), load("set")
+    assert len(calls) == 20 and len(first[0].images) == 16
+    for a, b in zip(first, second):
+        assert isinstance(b.images, np.memmap) and np.array_equal(a.images, b.images)
+        with pytest.raises(ValueError, match="read-only"):
+            b.images[0] = 0
+    for other in ({"size": 16}, {"channels": 1}, {"limit": 10}):
+        load("set", **other)
+    assert len(calls) == 20 + 20 + 20 + 14 and len(entries("data/cache")) == 4
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "garbage"])
-def test_a_damaged_cache_is_made_again(cached, damage):
-    folder, data_dir, calls = cached
-    first = np.array(load(str(folder), "train", 8, data_dir).images)
-    (file,) = (data_dir / "cache").iterdir()
-    if damage == "cut":
-        cut(file)
-    else:
-        file.write_bytes(b"" if damage == "empty" else b"garbage" * 99)
-    assert np.array_equal(load(str(folder), "train", 8, data_dir).images, first)
-    assert len(calls) == 32
+def test_arrays_are_cached_by_their_content(calls):
+    for _ in range(2):  # the second time other files lie there
+        write("data/mnist", mnist_files()[0])
+        first, second = load("mnist", 16, 1), load("mnist", 16, 1)
+        assert np.array_equal(first[1].images, second[1].images)
+    assert len(calls) == 80 and isinstance(second[0].images, np.memmap)
 
 
-def test_changed_files_are_decoded_anew(cached):
-    folder, data_dir, calls = cached
-    write(folder, classes(10, "train/") | classes(2, "test/"))
-    first = np.array(load(str(folder), "train", 8, data_dir).images)
-    time.sleep(0.02)  # a later time stamp
-    write(folder, {"train/a/0.png": flat(222)})
-    second = load(str(folder), "train", 8, data_dir).images
-    assert len(calls) == 40 and second[0].max() == 222 and np.array_equal(first[1:], second[1:])
-    write(folder, {"train/b/new.png": flat(9)})
-    assert len(load(str(folder), "train", 8, data_dir).images) == 21
+@pytest.mark.parametrize("change", ["cut", "empty", "garbage", "time", "size", "new file"])
+def test_a_damaged_cache_and_changed_files_are_decoded_again(calls, change):
+    first = np.array(load("set")[0].images)
+    (cache,), file = Path("data/cache").iterdir(), Path("set/a/0.png")
+    damaged = {"cut": cache.read_bytes()[:-9], "empty": b"", "garbage": b"bad" * 99}
+    cache.write_bytes(damaged.get(change, cache.read_bytes()))
+    before = file.stat().st_mtime_ns
+    if change == "size":
+        file.write_bytes(file.read_bytes() + b"x")
+    os.utime(file, ns=(before, before + (change == "time")))
+    write("set", tree("a/99" if change == "new file" else ""))
+    again = load("set")[0].images
+    assert len(calls) == 40 + (change == "new file")
+    assert change == "new file" or np.array_equal(first, again)
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, None])
-def test_an_interrupted_decoding_leaves_nothing(cached, monkeypatch, stop):
-    folder, data_dir, calls = cached
-    if stop:
-        fit = data.fit
-        stopped = lambda *a: fit(*a) if len(calls) < 9 else (_ for _ in ()).throw(stop)  # noqa: E731
-        monkeypatch.setattr(data, "fit", stopped)
-    else:
-        write(folder, {"a/3.png": b"damaged"} | {"a/4.png": b"damaged"})
-    monkeypatch.setattr(data, "describe", lambda name: sets.Info("set", 3, 2, 32, True))
-    with pytest.raises(stop or DataError):
-        load(str(folder), "train", 8, data_dir)
-    assert list((data_dir / "cache").iterdir()) == []
+def test_where_no_cache_can_be_written_images_are_decoded_into_memory(calls, capsys):
+    with full_disk():
+        train, _ = load("set", 16)
+    assert entries("data/cache") == []
+    shutil.rmtree("data")
+    write(".", {"data": "a file in the place of the folder"})
+    again, _ = load("set", 16)
+    assert np.array_equal(train.images, again.images) and len(train.images) == 16
+    assert not isinstance(train.images, np.memmap) and not isinstance(again.images, np.memmap)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("no cache in data/cache (") for line in lines)
 
 
-def test_a_data_folder_that_cannot_be_written_does_without_a_cache(cached, capsys):
-    folder, data_dir, _ = cached
-    data_dir.write_text("a file where a folder should be")
-    images = load(str(folder), "train", 8, data_dir).images
-    assert len(images) == 16 and not isinstance(images, np.memmap)
-    assert "no cache in" in capsys.readouterr().err
+# ---------------------------------------------------------------------------- downloads
 
 
-def test_an_archive_is_decoded_in_its_own_order_into_the_right_places(tmp_path):
-    names = sorted(oct_files(), reverse=True)
-    make_tar(tmp_path / "oct2017/x.tar.gz", {f"OCT2017/{n}": oct_files()[n] for n in names})
-    assert load("oct2017", "train", 8, tmp_path).images[:, 0, 0, 0].tolist() == [0, 10, 20, 30]
-
-
-# --------------------------------------------------------------------------------------- downloads
-
-
-class Server:
+class Server(ThreadingHTTPServer):
     """http://127.0.0.1 that answers a path with its behaviours, one a request, the last for ever:
     bytes are served, a number is a status, "break" stops in the middle, "stall" sends no more."""
 
+    daemon_threads = True
+
     def __init__(self):
-        self.plan, self.requests, self.done = {}, [], threading.Event()
-        outer = self
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.plan, self.requests, self.closing = {}, [], threading.Event()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                outer.requests.append(self.path)
-                steps = outer.plan.get(self.path, [404])
-                step = steps.pop(0) if len(steps) > 1 else steps[0]
-                if isinstance(step, int):
-                    self.send_error(step)
-                    return
-                body = step if isinstance(step, bytes) else b"x" * 200_000
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body if isinstance(step, bytes) else body[:100_000])
-                if step == "stall":
-                    outer.done.wait(20)
+    def offer(self, monkeypatch, name, files, mirrors=("/one/",)):
+        """Let a set's addresses point here; the last mirror has the files."""
+        url = f"http://127.0.0.1:{self.server_port}"
+        md5s = {file: hashlib.md5(raw).hexdigest() for file, raw in files.items()}
+        monkeypatch.setitem(data.DOWNLOADS, name, md5s)
+        monkeypatch.setitem(data.MIRRORS, name, [url + mirror for mirror in mirrors])
+        self.plan |= {mirrors[-1] + file: [raw] for file, raw in files.items()}
 
-            def log_message(self, *args):
-                pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests.append(self.path)
+        steps = self.server.plan.get(self.path, [404])
+        step = steps.pop(0) if len(steps) > 1 else steps[0]
+        if isinstance(step, int):
+            self.send_error(step)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(step) if isinstance(step, bytes) else 200_000))
+        self.end_headers()
+        self.wfile.write(step if isinstance(step, bytes) else b"x" * 100_000)
+        if step == "stall":
+            self.server.closing.wait(20)
 
-    def close(self):
-        self.done.set()
-        self.server.shutdown()
-        self.server.server_close()
+    def log_message(self, *args):
+        pass
 
 
 @pytest.fixture
 def server(monkeypatch):
     server = Server()
-    monkeypatch.setattr("files.TIMEOUT", 0.4)
-    monkeypatch.setattr("files.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(data, "TIMEOUT", 0.3)
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
     yield server
-    server.close()
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
 
 
-def offer(monkeypatch, server, name, files, mirrors=("/one/",)):
-    """Let DOWNLOADS point to the server, which serves `files` under its last mirror."""
-    md5s = {file: hashlib.md5(raw).hexdigest() for file, raw in files.items()}
-    mirrors = [server.url + m for m in mirrors]
-    monkeypatch.setattr(sets, "DOWNLOADS", {name: (mirrors, md5s)})
-    path = mirrors[-1].removeprefix(server.url)
-    server.plan |= {path + file: [raw] for file, raw in files.items()}
+ARCHIVE = "cifar-10-binary.tar.gz"
 
 
-def cifar_archive(tmp_path):
-    make_tar(tmp_path / "made.tar.gz", cifar_files("cifar10")[0])
-    return {ARCHIVES["cifar10"]: (tmp_path / "made.tar.gz").read_bytes()}
+@pytest.fixture
+def cifar_server(server, monkeypatch):
+    """A server with CIFAR-10's archive, of three images a file."""
+    pack("made.tar.gz", cifar_files("cifar10")[0])
+    server.offer(monkeypatch, "cifar10", {ARCHIVE: Path("made.tar.gz").read_bytes()})
+    return server
 
 
-def test_a_download_gives_the_set_and_is_not_repeated(tmp_path, monkeypatch, server):
-    files, pixels = mnist_files()
-    offer(monkeypatch, server, "mnist", files)
+def test_a_download_gives_the_set_and_is_not_repeated(monkeypatch, server):
+    files, pixels, _ = mnist_files()
+    server.offer(monkeypatch, "mnist", files, ("/dead/", "/good/"))  # two mirrors
+    write("data/mnist", {LABELS: gzip.compress(idx(np.full(20, 3)))})  # by hand: not checked
     for _ in range(2):
-        assert np.array_equal(load("mnist", "train", 28, tmp_path).images, pixels[:, None])
-    assert sorted(server.requests) == sorted(f"/one/{file}" for file in files)
-    assert sorted(p.name for p in (tmp_path / "mnist").iterdir()) == sorted(files)
+        train, test = load("mnist", 28, 1)
+        assert np.array_equal(test.images[:, 0], pixels[1]) and set(train.labels) == {3}
+    wanted = [f"/{mirror}/{file}" for file in files for mirror in ("dead", "good")]
+    assert server.requests == [path for path in wanted if LABELS not in path]
+    assert entries("data/mnist") == sorted(files)
 
 
-def test_only_missing_files_are_downloaded_and_those_by_hand_are_not_checked(
-    tmp_path, monkeypatch, server
-):
-    files, _ = mnist_files()
-    offer(monkeypatch, server, "mnist", files)
-    by_hand = gzip.compress(idx(np.full(20, 3)))
-    write(tmp_path / "mnist", {LABELS: by_hand})
-    write(tmp_path / "MNIST/raw", {IMAGES[:-3]: gzip.decompress(files[IMAGES])})
-    assert set(load("mnist", "train", 28, tmp_path).labels) == {3} and server.requests == []
-    load("mnist", "test", 28, tmp_path)
-    assert len(server.requests) == 2 and all("t10k" in path for path in server.requests)
+BAD = {"broke off after": "break", "its md5 is": b"no", "Error 404": 404, "timed out": "stall"}
 
 
-BAD = {"broken off": "break", "md5": b"something else", "404": 404, "timed out": "stall"}
+@pytest.mark.parametrize("reason", list(BAD))
+def test_a_download_is_tried_three_times_and_leaves_nothing(capsys, cifar_server, reason):
+    good, start = cifar_server.plan[f"/one/{ARCHIVE}"], time.monotonic()
+    cifar_server.plan[f"/one/{ARCHIVE}"] = [BAD[reason]]
+    error = fails(capsys, load, "cifar10")
+    assert time.monotonic() - start < 3  # a silent server costs TIMEOUT a try
+    assert "cifar10 is not in data/cifar10 and could not be downloaded (" in error
+    assert reason in error and f"put {ARCHIVE} from http://127.0.0.1" in error
+    assert len(cifar_server.requests) == 3 and not Path("data").exists()
+    Path("data/cifar10").mkdir(parents=True)  # the user's own folder stays
+    fails(capsys, load, "cifar10")
+    assert entries("data/cifar10") == []
+    cifar_server.plan[f"/one/{ARCHIVE}"] = [BAD[reason], *good]  # now the second try succeeds
+    assert len(load("cifar10")[0].images) == 15 and len(cifar_server.requests) == 8
+    assert entries("data/cifar10") == ["cifar-10-binary", ARCHIVE]
 
 
-@pytest.mark.parametrize(("reason", "behaviour"), list(BAD.items()))
-def test_a_failing_download_is_tried_three_times_and_leaves_nothing(
-    tmp_path, monkeypatch, server, reason, behaviour
-):
-    files = cifar_archive(tmp_path)
-    offer(monkeypatch, server, "cifar10", files)
-    server.plan[f"/one/{ARCHIVES['cifar10']}"] = [behaviour]
-    words = {"broken off": "broke off after|IncompleteRead"}.get(reason, reason)
-    with pytest.raises(DataError, match=f"cifar10 is not in .*downloaded.*({words}).*put cifar-10"):
-        load("cifar10", "train", 32, tmp_path)
-    assert len(server.requests) == 3 and list((tmp_path / "cifar10").iterdir()) == []
-
-
-@pytest.mark.parametrize("behaviour", list(BAD.values()))
-def test_the_next_try_succeeds(tmp_path, monkeypatch, server, behaviour):
-    files = cifar_archive(tmp_path)
-    offer(monkeypatch, server, "cifar10", files)
-    server.plan[f"/one/{ARCHIVES['cifar10']}"].insert(0, behaviour)
-    assert len(load("cifar10", "train", 32, tmp_path).images) == 15 and len(server.requests) == 2
-    assert [p.name for p in (tmp_path / "cifar10").iterdir()] == list(files)
-
-
-def test_a_dead_mirror_is_passed_over_for_the_second(tmp_path, monkeypatch, server):
-    files, _ = mnist_files()
-    offer(monkeypatch, server, "mnist", files, ("/dead/", "/good/"))
-    load("mnist", "train", 28, tmp_path)
-    assert len(server.requests) == 8 and server.requests[0].startswith("/dead/")
-
-
-def test_without_a_network_the_error_names_files_and_addresses_after_the_first_file(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr("files.time.sleep", lambda seconds: None)
+def test_without_a_network_one_line_names_files_and_addresses(monkeypatch, capsys):
     tries = []
 
-    def fail(url, timeout):
-        tries.append(url)
+    def refuse(url, timeout):
+        tries.append(url.split("/")[2].split(".")[0])
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr("files.urllib.request.urlopen", fail)
-    with pytest.raises(DataError) as error:
-        load("mnist", "train", 28, tmp_path)
-    text = str(error.value)
-    assert "\n" not in text and "Name or service not known" in text and "needs no data" in text
-    assert all(file in text for file in sets.DOWNLOADS["mnist"][1]) and "https://ossci" in text
-    assert [t.split("/")[2] for t in tries] == [
-        "ossci-datasets.s3.amazonaws.com",
-        "storage.googleapis.com",
-        "yann.lecun.com",
-    ]
+    monkeypatch.setattr(data.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    error = fails(capsys, load, "mnist")
+    assert "Name or service not known" in error and "needs no data" in error
+    assert all(file in error for file in data.DOWNLOADS["mnist"]) and "https://ossci" in error
+    assert tries == ["ossci-datasets", "storage", "ossci-datasets"]
 
 
-def test_a_silent_name_server_does_not_hold_the_program(tmp_path, monkeypatch):
-    monkeypatch.setattr("files.TIMEOUT", 0.1)
-    monkeypatch.setattr("files.urllib.request.urlopen", lambda *a, **k: threading.Event().wait(5))
-    start = time.monotonic()
-    monkeypatch.setattr("files.TRIES", 1)
-    with pytest.raises(DataError, match="no answer in 0.1 s"):
-        load("cifar100", "train", 32, tmp_path)
-    assert time.monotonic() - start < 2
-
-
-def test_ctrl_c_during_a_download_leaves_nothing(tmp_path, monkeypatch, server):
-    files = cifar_archive(tmp_path)
-    offer(monkeypatch, server, "cifar10", files)
+def test_what_ends_a_download_here_is_not_tried_again_and_leaves_nothing(monkeypatch, cifar_server):
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        load("cifar10")
 
     def interrupted(items, *rest):
         yield next(iter(items))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("files.progress", interrupted)
+    monkeypatch.setattr(data, "progress", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        load("cifar10", "train", 32, tmp_path)
-    assert list((tmp_path / "cifar10").iterdir()) == []
+        load("cifar10")
+    assert len(cifar_server.requests) == 2 and not Path("data").exists()
 
 
-def test_progress_shows_count_rate_and_time_left_only_when_it_takes_long(monkeypatch, capsys):
-    def run(seconds):
-        clock = iter(np.arange(0, 1000, seconds))
-        monkeypatch.setattr("files.time.monotonic", lambda: float(next(clock)))
-        assert list(progress(range(10), "decoding", 10, "images", lambda i: 1)) == [*range(10)]
-        return capsys.readouterr().err
-
-    assert run(0.1) == ""
-    assert "decoding: 5 of 10 images, 1.0 images/s, 5 s left" in run(1.0)
+# ---------------------------------------------------------------------------- output, whole files
 
 
-# ----------------------------------------------------------------------- seeds, batches, pictures
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_count_rate_and_time_left_when_it_takes_long(monkeypatch, capsys, terminal):
+    def run(seconds, **how):
+        clock = iter(np.arange(1000, 9000, seconds))
+        monkeypatch.setattr(data.time, "monotonic", lambda: float(next(clock)))
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+        assert list(data.progress(range(30), "decoding", 30, "images", **how)) == [*range(30)]
+        return capsys.readouterr().out
+
+    assert run(0.05) == ""
+    lines = run(1).split("\r\033[K" if terminal else "\n")
+    assert len(lines) == (29 if terminal else 4)  # twice a second, or every ten seconds
+    assert "decoding: 3 of 30 images, 1.0 images/s, 0:27 left" in lines
+    assert "60 of 30 images, 20 images/s, 0:00 left" in run(1, done=lambda: 60)
+    shown = [data.clock(seconds) for seconds in (-5, 0, 61.9, 3600 * 25 + 61)]
+    assert shown == ["0:00", "0:00", "1:01", "25:01:01"]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_process_of_a_machine_says_why_all_end(monkeypatch, capsys, rank):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(SystemExit) as stop:
+        data.fail("no such set")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == ("error: no such set\n" if rank == "0" else "")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all():
+    write(".", {"new/.x.tmp": "left by kill -9"})
+    data.replace_file(Path("new/x"), lambda path: path.write_text("old"))
+
+    def broken(path):
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.replace_file(Path("new/x"), broken)
+    assert Path("new/x").read_text() == "old" and entries("new") == ["x"]
+
+
+# ---------------------------------------------------------------------------- seeds and batches
 
 
 def test_mix_seed_depends_on_every_number_their_order_and_their_count():
-    seeds = [mix_seed(*n) for n in ((5,), (5, 0), (0, 5), (5, 1), (), (2**40, 5), (-1,), (51,))]
-    assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**63 for s in seeds)
-    assert mix_seed(5, 1) == mix_seed(np.int64(5), torch.tensor(1)) == seeds[3]
-    torch.Generator().manual_seed(max(seeds))
+    mix = data.mix_seed
+    seeds = [mix(*n) for n in ((5,), (5, 0), (0, 5), (5, 1), (), (2**40, 5), (-1,), (51,))]
+    assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
+    assert mix(5, 1) == mix(np.int64(5), torch.tensor(1)) == seeds[3]
+    assert mix(0, 1) == 4745876751707733005  # recorded runs can be repeated
 
 
 def test_to_uint8_inverts_to_float_for_all_values_and_clips():
@@ -887,85 +870,59 @@ def test_to_uint8_inverts_to_float_for_all_values_and_clips():
     assert data.to_uint8(torch.tensor([-9.0, 9.0, 0.001])).tolist() == [0, 255, 128]
 
 
-@pytest.mark.parametrize("n", [1, 3, 10])
-def test_a_permutation_stream_is_pure_and_holds_every_entry_once_an_epoch(n):
-    stream = permutation_stream(n, 0, 70, seed=3)
-    assert stream.dtype == torch.int64 and stream.shape == (70,)
-    for start in range(0, 70 // n * n, n):
+@pytest.mark.parametrize("n", [1, 3, 7, 10, 100])
+def test_batches_are_cut_from_permutations_that_hold_each_image_once(n):
+    def index(step, seed=3):
+        return data.batch_index(n, step, 7, seed, CPU)
+
+    stream = torch.cat([index(step) for step in range(30)])
+    assert stream.dtype == torch.int64 and stream.shape == (210,)
+    for start in range(0, 210 // n * n, n):
         assert sorted(stream[start : start + n].tolist()) == list(range(n))
-    for start, count in ((0, 7), (5, 20), (n, n), (69, 1), (12, 0)):
-        assert torch.equal(permutation_stream(n, start, count, 3), stream[start : start + count])
-    if n == 10:
-        assert not torch.equal(stream[:10], stream[10:20])
-        assert not torch.equal(stream, permutation_stream(n, 0, 70, seed=4))
-    permutation_stream(n, 0, 5, 3).zero_()  # the caller's copy, not the memory of the function
-    assert torch.equal(permutation_stream(n, 0, 70, 3), stream)
+    for step in (29, 3, 0):  # a pure function
+        assert torch.equal(index(step), stream[7 * step : 7 * step + 7])
+    index(0).zero_()  # the caller's copy
+    assert torch.equal(index(0), stream[:7])
+    if n >= 10:
+        assert not torch.equal(stream[:10], stream[n : n + 10])
+        assert not torch.equal(index(0), index(0, seed=4))
 
 
-CPU = torch.device("cpu")
-
-
-def numbered(n, side=4):
-    """Images whose first pixel is their number and whose columns differ."""
-    images = np.tile(np.arange(side, dtype=np.uint8), (n, 1, side, 1))
-    images[:, 0, 0, 0] = np.arange(n)
-    return images
-
-
-def test_batches_follow_the_stream_with_exact_values():
-    images = RNG.integers(0, 256, (10, 3, 4, 4), np.uint8)
-    batches = Batches(images, 4, 7, CPU, flip=False)
-    assert len(batches) == 10
-    for step in (0, 2, 5):
-        x = batches(step)
-        index = permutation_stream(10, 4 * step, 4, 7)
-        assert x.dtype == torch.float32 and x.min() >= -1 and x.max() <= 1
-        assert torch.equal(x, torch.from_numpy(images[index.numpy()]).float() / 127.5 - 1)
-    assert Batches(images[:3], 8, 7, CPU, flip=False)(1).shape == (8, 3, 4, 4)
-
-
-def test_batches_flip_exactly_where_asked_and_only_if_the_set_allows_it():
-    flips = torch.tensor([True, False, True, False])
-    plain = Batches(numbered(8), 4, 0, CPU, flip=False)(1)
-    x = Batches(numbered(8), 4, 0, CPU, flip=True)(1, flips)
+def test_a_batch_is_float_and_mirrored_exactly_where_asked():
+    images = torch.from_numpy(RNG.integers(0, 256, (8, 3, 4, 4), np.uint8))
+    index, flips = torch.tensor([5, 0, 5, 7]), torch.tensor([True, False, False, True])
+    plain = data.get_batch(images, index, CPU)
+    assert plain.dtype == torch.float32 and torch.equal(plain, images[index].float() / 127.5 - 1)
+    x = data.get_batch(images, index, CPU, flips)
     assert torch.equal(x[flips], plain[flips].flip(-1)) and torch.equal(x[~flips], plain[~flips])
-    assert not torch.equal(x, plain)
-    assert torch.equal(Batches(numbered(8), 4, 0, CPU, flip=False)(1, flips), plain)
-    assert torch.equal(Batches(numbered(8), 4, 0, CPU, flip=True)(1), plain)
+    assert not torch.equal(x[flips], plain[flips])
 
 
-def test_the_parts_of_two_processes_make_the_whole_batch():
-    flips = torch.tensor([True, False, False, True, True, False])
-    batches = Batches(numbered(20), 6, 1, CPU, flip=True)
-    parts = [batches(3, flips, part) for part in (slice(0, 3), slice(3, 6))]
-    assert torch.equal(torch.cat(parts), batches(3, flips)) and len(parts[0]) == 3
+def test_images_on_the_host_go_through_pinned_memory(monkeypatch):
+    images = torch.from_numpy(RNG.integers(0, 256, (8, 1, 4, 4), np.uint8))
+    empty, pinned, moved = torch.empty, [], []
+
+    def fake_empty(*args, pin_memory, **how):
+        pinned.append(pin_memory)
+        return empty(*args, **how)
+
+    monkeypatch.setattr(torch, "empty", fake_empty)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, **how: moved.append(how) or x)
+    x = data.get_batch(images, torch.tensor([3, 1]), torch.device("cuda", 0))
+    assert torch.equal(x, data.to_float(images[[3, 1]]))
+    assert pinned == [True] and moved == [{"non_blocking": True}]
 
 
-def test_batches_take_a_read_only_memmap_without_copy_or_warning(tmp_path, recwarn):
-    np.save(tmp_path / "x.npy", numbered(8))
-    images = np.load(tmp_path / "x.npy", mmap_mode="r")
-    batches = Batches(images, 4, 0, CPU, flip=False)
-    assert batches.images.data_ptr() == images.ctypes.data and batches.images.dtype == torch.uint8
-    assert torch.equal(batches(0), Batches(numbered(8), 4, 0, CPU, flip=False)(0))
+def test_images_move_to_a_gpu_where_they_fit_into_half_of_it_else_none_is_copied(
+    monkeypatch, recwarn
+):
+    np.save("x.npy", RNG.integers(0, 256, (8, 1, 4, 4), np.uint8))
+    images, moved = np.load("x.npy", mmap_mode="r"), []  # read-only
+    tensor = data.on_device(images, CPU)
+    assert tensor.data_ptr() == images.ctypes.data and tensor.dtype == torch.uint8
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device: moved.append(device) or x)
+    for free in (256, 255):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 999))  # noqa: B023
+        data.on_device(images, torch.device("cuda", 0))
+    assert len(moved) == 1
     assert not recwarn.list
-
-
-def test_save_grid_puts_images_where_they_belong(tmp_path):
-    rows = torch.zeros(5, 3, 4, 6, dtype=torch.uint8)
-    rows[:, 0] = torch.arange(5).view(5, 1, 1) * 10
-    rows[4, 1, 3, 5] = 200
-    data.save_grid(rows, tmp_path / "new/x.png", columns=3, scale=2)
-    page = np.asarray(Image.open(tmp_path / "new/x.png"))
-    assert page.shape == (2 * 8 + 2, 3 * 12 + 2 * 2, 3)
-    assert page[0, 0].tolist() == [0, 0, 0] and page[0, 14].tolist() == [10, 0, 0]
-    assert page[10, 0].tolist() == [30, 0, 0] and page[17, 25].tolist() == [40, 200, 0]
-    assert page[0, 12:14].min() == 255 and page[8:10].min() == 255 and page[10:, 26:].min() == 255
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["x.png"]
-
-
-def test_save_grid_takes_grey_floats_and_leaves_nothing_when_it_fails(tmp_path):
-    data.save_grid(torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1), tmp_path / "y.png", columns=2)
-    assert np.asarray(Image.open(tmp_path / "y.png"))[0, :, 1].tolist() == [0, 255, 255, 255]
-    with pytest.raises(RuntimeError):
-        data.save_grid(torch.zeros(2, 4, 1, 1), tmp_path / "z.png", columns=2)
-    assert [p.name for p in tmp_path.iterdir()] == ["y.png"]

@@ -3,24 +3,33 @@
 import functools
 import json
 import math
+import os
+import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, write_folder
+from conftest import ROOT, TINY, fails, write_folder
 from PIL import Image
 
 import data
-import features
 import probe
-import runs
 import train
 from appendix import chart, figures, tsne
 
+CPU = torch.device("cpu")
 
-def pixels(canvas, tmp_path):
+
+def pixels(path):
+    """A picture as int (H, W, 3)."""
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def page_of(canvas, tmp_path):
     canvas.save(tmp_path / "page.png")
-    return np.asarray(Image.open(tmp_path / "page.png")).astype(int)
+    return pixels(tmp_path / "page.png")
 
 
 def colour_at(page, at):
@@ -41,7 +50,7 @@ def test_known_points_land_on_known_pixels(tmp_path):
     assert axes.pixel(axes.x_range[0], axes.y_range[0]) == (100, 350)
     assert axes.pixel(axes.x_range[1], axes.y_range[1]) == (400, 50)
     assert axes.x_range[0] < 0 and axes.x_range[1] > 10  # the axes span the data
-    page = pixels(canvas, tmp_path)
+    page = page_of(canvas, tmp_path)
     assert colour_at(page, axes.pixel(2.5, 5)) == blue  # on the line
     assert colour_at(page, axes.pixel(5, 7)) == red  # the marker
     assert colour_at(page, axes.pixel(2.3, 6.1)) == "#FFFFFF"  # beside both
@@ -49,9 +58,13 @@ def test_known_points_land_on_known_pixels(tmp_path):
     assert colour_at(page, (418 + 30, 84)) == "#FFFFFF"
 
 
-def test_a_log_axis_puts_equal_ratios_at_equal_distances():
-    axes = chart.Axes((0, 0, 300, 100), (1, 1000), (0, 1), log_x=True)
-    assert [axes.pixel(10.0**k, 0)[0] for k in range(4)] == pytest.approx([0, 100, 200, 300])
+def test_a_log_axis_puts_equal_ratios_at_equal_distances_and_is_for_positive_values():
+    axes = chart.Axes((0, 0, 100, 300), (0, 1), (1, 1000), log_y=True)
+    assert [axes.pixel(0, 10.0**k)[1] for k in range(4)] == pytest.approx([300, 200, 100, 0])
+    for lowest, log in ((0.1, True), (0.0, False)):
+        series = [chart.Series("", [0, 1], [lowest, 1.0], "#000000")]
+        canvas, box = chart.Canvas(300, 300), (80, 50, 250, 200)
+        assert chart.line_panel(canvas, box, series, "", "x", "y", log_y=True).log_y is log
 
 
 def test_ticks_are_round_and_inside():
@@ -60,11 +73,13 @@ def test_ticks_are_round_and_inside():
     assert chart.log_ticks(0.01, 1) == pytest.approx([0.01, 0.1, 1])
     for low, high in ((0.03, 0.2), (0.04, 0.09), (1, 1e6), (0.11, 0.13)):
         ticks = chart.log_ticks(low, high)
-        assert all(low * 0.99 <= v <= high * 1.01 for v in ticks)
+        assert len(ticks) >= 2 and all(low * 0.99 <= v <= high * 1.01 for v in ticks)
     for low, high in ((-3.2, 0.1), (0.001, 0.0017), (5, 5.1), (0, 1e7)):
         ticks = chart.nice_ticks(low, high)
         assert 2 <= len(ticks) <= 8 and low - 1e-9 <= ticks[0] and ticks[-1] <= high + 1e-9
-    assert chart.span([3.0], False)[0] < 3 < chart.span([3.0], False)[1]
+    assert chart.padded([3.0], False)[0] < 3 < chart.padded([3.0], False)[1]
+    labels = [chart.tick_label(v) for v in (0.05, 999, 20_000, 1_500_000)]
+    assert labels == ["0.05", "999", "20,000", "1.5M"]
 
 
 def test_dashes_cover_half_of_a_line_and_carry_on_around_a_corner():
@@ -79,7 +94,7 @@ def test_the_first_forty_styles_differ_and_every_marker_is_seen(tmp_path):
     canvas = chart.Canvas(100, 40)
     for k, shape in enumerate(chart.SHAPES):
         canvas.marker((10 + 20 * k, 20), "#D55E00", shape, 6)
-    page = pixels(canvas, tmp_path)
+    page = page_of(canvas, tmp_path)
     for k, shape in enumerate(chart.SHAPES):
         part = page[10:30, 20 * k : 20 * k + 20]
         assert colour_at(page, (10 + 20 * k, 20)) == "#D55E00"
@@ -87,12 +102,86 @@ def test_the_first_forty_styles_differ_and_every_marker_is_seen(tmp_path):
         assert (part[:, :, 2] < 130).sum() == pytest.approx(area, rel=0.1), shape
 
 
-def test_a_legend_in_two_columns_goes_on_counting(tmp_path):
+def test_a_legend_in_two_columns_goes_on_counting_and_shortens_names(tmp_path):
     canvas = chart.Canvas(300, 120)
-    chart.class_legend(canvas, (20, 20), list("abcd"), rows=2, wide=140)
-    page = pixels(canvas, tmp_path)
+    chart.class_legend(canvas, (20, 20), ["a", "W" * 40, "c", "d"], rows=2, wide=140)
+    page = page_of(canvas, tmp_path)
     for k, at in enumerate(((20, 20), (20, 42), (160, 20), (160, 42))):
         assert colour_at(page, at) == chart.COLOURS[k]
+    ink = (page[32:52] < 128).all(2).any(0)
+    assert ink[100:140].any() and not ink[144:150].any()
+
+
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        ("T-cell (2)", "T-cell (2)"),
+        ("日本", r"\u65e5\u672c"),
+        ("cat 😀", r"cat \U0001f600"),
+        ("two\nlines", r"two\nlines"),  # Pillow draws these itself, but not with every anchor
+        ("caf\u00e9", r"caf\xe9"),
+        ("\udcff", r"\udcff"),  # of a file name that is not UTF-8
+    ],
+)
+def test_names_that_the_font_cannot_show_are_escaped(name, shown, tmp_path):
+    assert chart.shown(name) == shown and chart.shown(shown) == shown
+    pages = []
+    for k, text in enumerate((name, shown)):
+        canvas, series = chart.Canvas(500, 400), [chart.Series(text, [0, 1], [0, 1], "#000000")]
+        chart.line_panel(canvas, (100, 50, 250, 150), series, text, text, text)
+        chart.class_legend(canvas, (20, 250), [text])
+        pages.append(page_of(canvas, tmp_path))
+        chart.image_grid(
+            [(text, np.zeros((1, 1, 8, 8), np.uint8))], [text], tmp_path / f"{k}", text
+        )
+    assert np.array_equal(*pages)
+    assert np.array_equal(pixels(tmp_path / "0"), pixels(tmp_path / "1"))
+    assert chart.shorten(name, 14, 1000) == shown
+    cut = chart.shorten(name * 9, 14, 90)
+    assert "..." in cut and cut[0] == shown[0] and cut[-1] == shown[-1]
+    assert 70 < chart.text_width(cut, 14) <= 90
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side, drawn", [(8, 64), (28, 56), (100, 100)])
+def test_a_grid_has_every_image_at_its_place(side, drawn, channels, tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 3, channels, side, side), dtype=np.uint8)
+    path = tmp_path / "new/grid.png"
+    chart.image_grid([("", images[0]), ("", images[1, :2])], ["", "", ""], path)
+    page, margin, pitch = pixels(path), chart.MARGIN, drawn + chart.GAP
+    assert page.shape[:2] == (pitch + drawn + 2 * margin, 2 * pitch + drawn + 2 * margin)
+    for r, k in ((0, 0), (0, 2), (1, 1)):
+        got = page[margin + r * pitch :, margin + k * pitch :][:drawn, :drawn]
+        got = got[:: drawn // side, :: drawn // side]
+        assert np.array_equal(got, np.broadcast_to(images[r, k].transpose(1, 2, 0), got.shape))
+    assert (page[-margin - 1, -margin - 1] == 255).all()  # the second row is shorter
+
+
+def test_labels_heads_and_title_of_a_grid_stand_around_its_images(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 2, (3, 1, 16, 16)).astype(np.uint8) * 100
+    heads, title = ["x", "", "y"], "a title that is wider than three images are"
+    rows, margin = [("one", noise), ("", noise)], chart.MARGIN
+    chart.image_grid(rows, ["", ""], tmp_path / "bare.png")
+    chart.image_grid(rows, heads, tmp_path / "full.png", title)
+    dark = (pixels(tmp_path / "full.png") < 200).any(2)
+    left, top = np.argmax(dark.sum(0) >= 128), np.argmax(dark.sum(1) >= 192)  # of the images
+    bare = (pixels(tmp_path / "bare.png") < 200).any(2)
+    assert np.array_equal(dark[top:, left : left + 200], bare[margin:, left:][:, :200])
+    image = pixels(tmp_path / "full.png")[top : top + 64, left : left + 64, 0]
+    assert np.array_equal(image, noise[0, 0].repeat(4, 0).repeat(4, 1))  # sharp
+    assert not dark[:, :margin].any() and not dark[:, -margin:].any()  # nothing is cut off
+    assert not dark[top - 3 : top].any() and not dark[:, left - 6 : left][top:].any()
+    label, lower = dark[top:, :left][:64], dark[top:, :left][64:]
+    assert label.any() and not lower.any()
+    above = dark[:top, left:]
+    first, second, third = (above[margin + 20 :, 68 * k : 68 * k + 64] for k in range(3))
+    assert first.any() and not second.any() and third.any()
+    assert dark[:, left + 204 + margin :].any()  # the page is as wide as its title
+    chart.image_grid(rows, ["", "a long head", ""], tmp_path / "wide.png")
+    wide = (pixels(tmp_path / "wide.png") < 200).any(2)
+    assert not wide[:margin].any() and wide[-margin - 1].sum() == 3 * 64
+    assert wide.shape[1] > bare.shape[1] + 20
 
 
 # ---------------------------------------------------------------------------- t-SNE
@@ -106,10 +195,8 @@ def clusters(n=150, k=3, width=10):
 
 def test_the_joint_distribution_has_the_perplexity_asked_for():
     x, _ = clusters()
-    p = torch.cat([
-        tsne.conditional(tsne.squared_distances(x[i : i + 1], x), 20.0, torch.tensor([i]))
-        for i in range(len(x))
-    ]).double()  # fmt: skip
+    distances = tsne.squared_distances(x, x)
+    p = tsne.conditional(distances, 20.0, torch.arange(len(x))).double()
     entropy = -(p * p.clamp(min=1e-300).log()).sum(1)
     assert torch.allclose(entropy.exp(), torch.full((150,), 20.0, dtype=torch.float64), rtol=1e-3)
     joint = tsne.joint(x, 20.0)
@@ -132,8 +219,7 @@ def test_the_gradient_is_that_of_the_divergence(monkeypatch):
 
 def test_planted_clusters_are_found_and_neighbours_kept():
     x, y = clusters(240)
-    lines = []
-    points = tsne.tsne(x, iterations=500, show=lines.append)
+    points = tsne.tsne(x, iterations=500)
     assert points.shape == (240, 2) and torch.isfinite(points).all()
     near = torch.cdist(points, points).fill_diagonal_(math.inf).topk(10, largest=False).indices
     assert (y[near] == y[:, None]).float().mean() > 0.99
@@ -141,8 +227,19 @@ def test_planted_clusters_are_found_and_neighbours_kept():
     noise = torch.randn(240, 2, generator=torch.Generator().manual_seed(1))
     assert tsne.trustworthiness(x, noise) < 0.6 < tsne.trustworthiness(x, x[:, :2])
     assert torch.equal(points, tsne.tsne(x, iterations=500))  # no randomness in it
-    with pytest.raises(ValueError, match="too few"):
-        tsne.tsne(x[:3])
+
+
+def test_the_edges_of_tsne(monkeypatch):
+    assert torch.equal(tsne.tsne(torch.ones(6, 3), iterations=20), torch.zeros(6, 2))  # collapsed
+    with pytest.raises(ValueError, match="3 points are too few"):
+        tsne.tsne(torch.randn(3, 5))
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(tsne.pca(x, 2), tsne.pca(x[:, torch.randperm(8)], 2), atol=1e-4)
+    asked, joint = [], tsne.joint
+    monkeypatch.setattr(tsne, "joint", lambda x, p: asked.append(p) or joint(x, p))
+    for n in (4, 31, 200):  # few points have few neighbours
+        tsne.tsne(torch.randn(n, 3), iterations=1)
+    assert asked == [1, 10, 30]
 
 
 def test_trustworthiness_against_a_plain_loop():
@@ -159,82 +256,175 @@ def test_trustworthiness_against_a_plain_loop():
 # ---------------------------------------------------------------------------- the command
 
 
+def train_and_probe(monkeypatch, name, data, *flags):
+    """A tiny run in runs/NAME with its probe.json, after one epoch of the heads."""
+    monkeypatch.setattr(figures, "tsne", functools.partial(tsne.tsne, iterations=20))
+    monkeypatch.setattr(probe, "EPOCHS", 1)
+    train.main(["--data", data, "--name", name, *TINY, "--epochs", "4", *flags])
+    probe.main(["--name", name, "--device", "cpu"])
+    return train.RUNS / name
+
+
 @pytest.fixture
-def probed(folder):
-    train.main(["--data", folder, *TINY, "--epochs", "10", "--batch-size", "32", "--device", "cpu"])
-    probe.main(["--device", "cpu"])
-    return runs.RUNS / "set"
+def probed(folder, monkeypatch):
+    return train_and_probe(monkeypatch, "set", folder)
 
 
-def test_one_run_gets_four_figures_and_the_chosen_t_is_framed(probed, monkeypatch):
-    short = functools.partial(tsne.tsne, iterations=50)
-    monkeypatch.setattr(figures, "tsne", short)  # 12 of them
+def drawn(folder):
+    return sorted(path.name for path in folder.glob("fig*.png"))
+
+
+def test_one_run_gets_four_figures_and_the_chosen_t_is_framed(probed):
     result = json.loads((probed / "probe.json").read_text())
     (probed / "probe.json").write_text(json.dumps({**result, "chosen_t": 300}))
     figures.main(["--limit", "20", "--device", "cpu"])
-    assert sorted(p.name for p in probed.glob("*.png") if p.name.startswith("fig")) == [
-        "fig4.png", "fig5.png", "fig6.png", "fig7.png",
-    ]  # fmt: skip
-    page = np.asarray(Image.open(probed / "fig7.png")).astype(int)
+    assert drawn(probed) == ["fig4.png", "fig5.png", "fig6.png", "fig7.png"]
+    page = pixels(probed / "fig7.png")
     orange = np.abs(page - [0xD5, 0x5E, 0x00]).max(2) < 3
     for k, t in enumerate(probe.TIMES):  # the upper edge of each panel, away from its corners
         left, top = 20 + k % 4 * 296, 66 + k // 4 * 324
         assert orange[top, left + 20 : left + 260].all() == (t == 300), t
 
 
-def test_features_are_standardised_by_training_images(probed):
-    run, cpu = figures.Run(probed), torch.device("cpu")
-    got, vectors = figures.Embedder(run, cpu)(np.array([0, 5, 7]), 400), []
-    for split in ("train", "test"):
-        images = data.load("set", split, 8).images
-        vectors.append(features.encode(run.encoder(), images, [400], cpu, None, "")[:, 0].float())
+def test_features_are_standardised_by_a_sample_of_training_images(probed, monkeypatch):
+    monkeypatch.setattr(figures, "STATISTICS", 20)
+    index, vectors = np.array([0, 5, 7]), []
+    embedder = figures.Embedder(figures.read_run(probed), CPU)
+    model, _ = train.load_model(probed)
+    for split in data.load("set", 8, 3, probed.parent.parent / "data"):
+        vectors.append(probe.encode(model.encoder, split.images, 400, CPU, "").float())
+        if len(vectors) == 1:
+            vectors[0] = vectors[0][data.sample(split.labels, 40, 20, 0)]
     std = vectors[0].std(0, correction=0)
-    want = (vectors[1][[0, 5, 7]] - vectors[0].mean(0)) / std
+    want = (vectors[1][index] - vectors[0].mean(0)) / std
     wide = std > std.median()  # half precision blurs the narrow ones
+    got = embedder.features(index, 400)
     assert torch.allclose(got[:, wide], want[:, wide], atol=1e-2)
+    points, labels, names = embedder.embed(20, 0, 400)
+    assert len(points) == 20 and names == ["class0", "class1"]
+    assert np.array_equal(np.bincount(labels), [10, 10])
 
 
 def test_several_runs_go_to_results_in_a_grid(probed, tmp_path, monkeypatch):
-    short = functools.partial(tsne.tsne, iterations=50)
-    monkeypatch.setattr(figures, "tsne", short)  # 24 of them
     write_folder(tmp_path / "more", per_class=10, classes=3)
-    train.main(["--data", "more", *TINY, "--epochs", "4", "--device", "cpu"])
-    probe.main(["--device", "cpu", "--t", "0,999"])
-    figures.main(["--run", "set", "more", "--limit", "15", "--device", "cpu"])
-    names = {p.name for p in (tmp_path / "results").iterdir()}
-    assert names == {"fig4.png", "fig5.png", "fig6.png", "fig7-set.png", "fig7-more.png"}
-    one = Image.open(tmp_path / "results/fig5.png")
-    assert one.width > 1200  # two columns, one for each set
+    train_and_probe(monkeypatch, "baselines/more", "more")
+    figures.main(["--name", "set", "baselines/more", "--limit", "15", "--device", "cpu"])
+    assert not drawn(probed) and drawn(tmp_path / "results") == [
+        "fig4.png",
+        "fig5.png",
+        "fig6.png",
+        "fig7-baselines-more.png",
+        "fig7-set.png",
+    ]
+    wide = Image.open(tmp_path / "results/fig5.png")
+    assert wide.width > 1200 > wide.height  # two columns, one for each set
+
+
+def test_runs_of_one_method_and_set_do_not_cover_each_other(tmp_path):
+    runs = []
+    for method, name in (("dier", "a"), ("mae", "a"), ("dier", "b"), ("dier", "a"), ("dier", "b")):
+        runs.append(figures.Run(tmp_path, {"method": method, "data": f"at/{name}"}, [], None))
+    assert figures.places(runs) == [(0, 0), (1, 0), (0, 1), (2, 0), (2, 1)]
+
+
+def test_a_method_without_time_has_a_level_line_and_no_fig_7(probed, monkeypatch, capsys):
+    """The encoder is DiER's, so only the names say that it knows no time."""
+    still = (train.build_dier, lambda net, x0, *_: net(x0))
+    monkeypatch.setattr(figures, "METHODS", {**figures.METHODS, "still": still})
+    monkeypatch.setattr(figures, "TIMELESS", {"still"})
+    config = json.loads((probed / "config.json").read_text())
+    result = json.loads((probed / "probe.json").read_text())
+    (probed / "config.json").write_text(json.dumps({**config, "method": "still"}))
+    one = {**result, "rows": [{**result["rows"][0], "t": 0, "top1": 50.0}], "chosen_t": 0}
+    (probed / "probe.json").write_text(json.dumps(one))
+    figures.main(["--name", "set", "--limit", "20", "--device", "cpu"])
+    assert drawn(probed) == ["fig4.png", "fig5.png", "fig6.png"]
+    assert "no Fig. 7 of set: still has one v for all t" in capsys.readouterr().out
+    page, blue = pixels(probed / "fig4.png"), (0, 0x72, 0xB2)
+    line = (page[:, 120:720] == blue).all(2)  # between the markers at both ends
+    assert line.all(1).any() and line.any(1).sum() <= 3
+    loss = pixels(probed / "fig6.png")
+    assert (loss[:, :600] < 128).any() and not (loss[:, 600:] < 128).any()  # no tenths of t
+    (probed / "probe.json").unlink()
+    assert "appendix.baselines --data set --method still" in fails(
+        capsys, figures.main, ["--name", "set"]
+    )
 
 
 def test_without_a_probe_it_draws_fig_6_and_names_the_command(folder, capsys):
-    train.main(["--data", folder, *TINY, "--epochs", "4", "--device", "cpu"])
-    with pytest.raises(SystemExit) as stop:
-        figures.main(["--device", "cpu"])
-    assert stop.value.code == 2 and (runs.RUNS / "set/fig6.png").exists()
-    assert "python probe.py --run runs/set first" in capsys.readouterr().err
+    train.main(["--data", folder, *TINY, "--epochs", "4"])
+    run = train.RUNS / "set"
+    (run / "probe-t-400.json").write_text("{}")  # not the standard sweep
+    for text in (None, "{damaged", "[]"):
+        if text:
+            (run / "probe.json").write_text(text)
+        error = fails(capsys, figures.main, ["--device", "cpu"])
+        assert "no runs/set/probe.json: python probe.py --name set makes it" in error
+        assert drawn(run) == ["fig6.png"]
+    log = run / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 9, "ima')  # cut by a crash
+    assert [row["step"] for row in figures.read_run(run).log] == [1, 2, 3]
 
 
-def test_training_curves_average_and_skip_empty_tenths():
-    rows = [{"images": k, "loss": float(k), "loss_by_t": [None, k * 2.0] + [None] * 8}
-            for k in range(1000)]  # fmt: skip
+def test_what_it_cannot_draw_gets_one_line(probed, capsys, tmp_path):
+    assert "no checkpoint in runs/other" in fails(capsys, figures.main, ["--name", "other"])
+    assert "2 points are too few" in fails(capsys, figures.main, ["--limit", "1"])
+    result = json.loads((probed / "probe.json").read_text())
+    result["protocol"]["step"] = 1
+    (probed / "probe.json").write_text(json.dumps(result))
+    figures.Embedder(figures.read_run(probed), CPU)
+    assert "python probe.py --name set probes anew" in capsys.readouterr().out
+    (probed / "config.json").write_text('{"method": "gan"}')
+    assert "a run of gan, which is none of" in fails(capsys, figures.main, ["--name", "set"])
+    command = [sys.executable, "-m", "appendix.figures", "--device", "cpu"]
+    (tmp_path / "empty").mkdir()
+    kw = {"cwd": tmp_path / "empty", "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    done = subprocess.run(command, capture_output=True, text=True, **kw)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: no run in runs/: start with python train.py\n"
+
+
+def test_classes_that_the_font_cannot_show_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "set", per_class=5)
+    for split in ("train", "test"):
+        for k, name in enumerate(("日本", "😀")):
+            (tmp_path / "set" / split / f"class{k}").rename(tmp_path / "set" / split / name)
+    run = train_and_probe(monkeypatch, "日本", "set")
+    figures.main(["--limit", "10", "--device", "cpu"])
+    assert drawn(run) == ["fig4.png", "fig5.png", "fig6.png", "fig7.png"]
+    page = pixels(run / "fig5.png")  # the legend, beside the panel
+    first, second = (page[66 + 14 + 22 * k - 9 :][:18, 20 + 620 + 30 :] for k in range(2))
+    assert (first < 128).any() and (second < 128).any() and not np.array_equal(first, second)
+
+
+def test_training_curves_average_by_images_and_skip_empty_tenths(monkeypatch):
+    images = [*range(1, 21), *range(40, 2001, 20)]  # train.py's rows
+    rows = [
+        {"images": n, "loss": float(n), "loss_by_t": [None, n * 2.0, *[None] * 8]} for n in images
+    ]
     x, y = figures.thin_out(rows, "loss")
-    assert len(x) == figures.LEVELS and x == y and x[0] == pytest.approx(2.0)
-    assert figures.thin_out(rows, "0") == ([], [])
-    assert figures.thin_out(rows, "1")[1][0] == pytest.approx(4.0)
+    assert x == y and x[0] == pytest.approx(5) and x[-1] == 2000  # part 0: 1 to 9
+    assert figures.thin_out(rows, "0") == ([], []) == figures.thin_out([], "loss")
+    assert figures.thin_out(rows, "1")[1][0] == pytest.approx(10)
+    many = [{"images": n, "loss": 1.0 * (n > 5000)} for n in range(10, 10_001, 10)]
+    x, y = figures.thin_out(many, "loss")
+    assert len(x) == figures.LEVELS and y == pytest.approx([0.0] * 100 + [0.8] + [1.0] * 99)
+    monkeypatch.setattr(figures, "LEVELS", 1)  # ten images, then thirty
+    two = [{"images": n, "loss": loss} for n, loss in ((10, 1.0), (40, 5.0))]
+    assert figures.thin_out(two, "loss") == ([32.5], [4.0])
 
 
 def test_only_twenty_classes_are_shown_and_equally():
-    class Split:
-        labels = np.repeat(np.arange(30), 10)
-        class_names = [f"c{k}" for k in range(30)]
-
-    index, names = figures.some_classes(Split, 100, 0)
-    assert len(names) == 20 and len(index) == 100
-    counts = np.bincount(Split.labels[index], minlength=30)
-    assert sorted(set(counts)) == [0, 5] and (counts > 0).sum() == 20
-    again, _ = figures.some_classes(Split, 100, 0)
-    assert np.array_equal(index, again)
+    labels, names = np.repeat(np.arange(30), 10), [f"c{k}" for k in range(30)]
+    split = types.SimpleNamespace(labels=labels, class_names=names)
+    index, classes = figures.some_classes(split, 100, 0)
+    assert len(classes) == 20 and len(index) == 100 and classes == sorted(classes)
+    counts = np.bincount(labels[index], minlength=30)
+    assert sorted(set(counts)) == [0, 5] and np.flatnonzero(counts).tolist() == classes
+    again, _ = figures.some_classes(split, 100, 0)
+    other, _ = figures.some_classes(split, 100, 1)
+    assert np.array_equal(index, again) and not np.array_equal(index, other)
 
 
 def test_the_papers_tables_are_there_once_and_agree():

@@ -1,28 +1,42 @@
-"""model.py against naive NumPy, its initial state, and the parameter counts of Table 4."""
+"""model.py against naive NumPy, its state at initialisation, and the parameters of Table 4."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
+from torch import nn
 
+import data
 import diffusion as D
 import model as M
 
-TINY = M.ModelConfig(
-    size=8, channels=3, patch=2, hidden=16, depth=2, heads=2, base=8, blocks=1, mult=(1, 2),
-    attention=(4,), enc_heads=2, dropout=0.0,
-)  # fmt: skip
+TINY = M.ModelConfig(8, 3, 2, 16, 2, 2, 8, 1, (1, 2), (4,), 2, dropout=0.0)
 
 
 def randomise(module):
-    """Every parameter random, so that no branch is off."""
+    """Make every parameter random, so that no branch is off."""
     generator = torch.Generator().manual_seed(1)
     for p in module.parameters():
-        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float32) * 0.1
+        p.data = torch.randn(p.shape, generator=generator) * 0.1
     return module
+
+
+def parameters(module):
+    """How many numbers a module learns."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def row_config(preset, name, row):
+    """The ModelConfig of a row of the table."""
+    columns = M.table_row(preset, name, row)
+    channels = data.SETS[name].channels
+    sizes = {field.name for field in fields(M.ModelConfig)} - {"channels"}
+    return M.ModelConfig(channels=channels, **{key: columns[key] for key in sizes})
+
+
+# ---------------------------------------------------------------------------- layers
 
 
 def test_sinusoid_against_numpy():
@@ -38,6 +52,7 @@ def test_sinusoid_against_numpy():
 def test_positions_against_numpy():
     side, width = 3, 8
     got = M.positions_2d(side, width).numpy()
+    assert got.shape == (9, 8)
     for row in range(side):
         for col in range(side):
             want = []
@@ -61,73 +76,84 @@ def test_attention_against_numpy_on_both_paths(n):
             np.testing.assert_allclose(got[b, h], weights @ v[b, h], atol=1e-12)
 
 
-def test_patchify_order_and_inverse():
+def test_patchify_order_and_unpatchify_shape():
     x = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4)
     patches = M.patchify(x, 2)
     assert patches.shape == (2, 4, 12)
     for n, (row, col) in enumerate([(0, 0), (0, 2), (2, 0), (2, 2)]):
         want = [x[1, c, row + i, col + j] for i in range(2) for j in range(2) for c in range(3)]
         assert patches[1, n].tolist() == [int(w) for w in want]
-    assert torch.equal(M.unpatchify(patches, 2, 3), x)
+    back = M.unpatchify(patches, 2, 3)
+    assert back.shape == (2, 3, 4, 4) and torch.equal(back, x)  # (B, C, H, W), as its docstring
 
 
-def test_groups_are_never_of_one_channel_and_32_for_the_papers_widths():
+def test_groups_hold_four_channels_or_more_and_are_32_for_the_papers_widths():
     assert M.GroupNorm(16).num_groups == 4
-    for preset in M.PRESETS["paper"].values():
-        for m in preset.model.mult:
-            assert M.GroupNorm(preset.model.base * m).num_groups == 32
+    widths = {
+        columns["base"] * m
+        for row in (32, 64, 256)
+        for columns in [M.table_row("paper", "", row)]
+        for m in columns["mult"]
+    }
+    assert widths == {128, 256, 384, 512, 768, 1024}
+    assert {M.GroupNorm(width).num_groups for width in widths} == {32}
 
 
-@pytest.mark.parametrize(
-    "row,dit,encoder", [(32, 8.36, 38.37), (64, 32.89, 39.95), (256, 173.1, 181.1)]
-)
-def test_parameter_counts_of_table_4(row, dit, encoder):
-    with torch.device("meta"):
-        model = M.DiER(M.PRESETS["paper"][row].model)
-    assert M.count_parameters(model.dit) / 1e6 == pytest.approx(dit, rel=0.01)
-    assert M.count_parameters(model.encoder) / 1e6 == pytest.approx(encoder, rel=0.01)
+def test_resblock_halves_by_average_on_both_branches():
+    block = M.ResBlock(8, 8, 32, 0.0, down=True)
+    x, time = torch.randn(2, 8, 4, 4), torch.randn(2, 32)
+    nn.init.zeros_(block.conv2.weight)
+    nn.init.zeros_(block.conv2.bias)
+    want = x.view(2, 8, 2, 2, 2, 2).mean((3, 5))
+    assert torch.allclose(block(x, time), want, atol=1e-6)
 
 
-@pytest.mark.parametrize("row,size", [(32, 16), (64, 32), (256, 64)])
-def test_the_cpu_preset_has_its_input_size_and_is_small(row, size):
-    cfg = M.PRESETS["cpu"][row].model
-    with torch.device("meta"):
-        model = M.DiER(cfg)
-    assert cfg.size == size and M.count_parameters(model) < 7e6
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_softmax_and_loss_stay_fp32_under_autocast(dtype, monkeypatch):
+    seen = []
+
+    def spy_on(owner, name, in_and_out):
+        real = getattr(owner, name)
+
+        def spy(x, *args, **kw):
+            out = real(x, *args, **kw)
+            seen.append({x.dtype, out.dtype} if in_and_out else {out.dtype})
+            return out
+
+        monkeypatch.setattr(owner, name, spy)
+
+    spy_on(torch.nn.functional, "group_norm", True)
+    spy_on(torch.nn.functional, "layer_norm", True)
+    spy_on(torch.Tensor, "softmax", True)
+    model = randomise(M.DiER(TINY))
+    x0, t = torch.rand(2, 3, 8, 8), torch.tensor([1, 900])
+    with torch.autocast("cpu", dtype=dtype):
+        eps_hat = model(x0, t, x0)
+    assert eps_hat.dtype == dtype  # the products did run in half precision
+    assert D.eps_loss(eps_hat, x0).dtype == torch.float32
+    assert len(seen) > 10 and all(dtypes == {torch.float32} for dtypes in seen)
 
 
-@pytest.mark.parametrize("name", M.PRESETS)
-def test_a_token_of_every_preset_is_wide_enough_for_the_noise_of_its_patch(name):
-    for row, preset in M.PRESETS[name].items():
-        channels = 1 if row in ("glyphs", "mnist") else 3
-        assert preset.model.hidden >= preset.model.patch**2 * channels
-
-
-def test_noise_that_does_not_fit_a_token_never_reaches_the_dit():
-    dit = randomise(M.DiT(replace(TINY, patch=4)))  # 48 numbers of a patch into 16
-    x_t, v = torch.randn(1, 3, 8, 8), torch.randn(1, M.V)
-    kernel = torch.linalg.svd(dit.embed.weight)[2][16:]  # the 32 directions the product loses
-    lost = M.unpatchify(torch.randn(1, 4, 32) @ kernel, 4, 3)
-    t = torch.tensor([500])
-    assert torch.allclose(dit(x_t, t, v), dit(x_t + lost, t, v), atol=1e-3)
-    assert not torch.allclose(dit(x_t, t, v), dit(x_t + torch.randn_like(x_t), t, v), atol=0.1)
+# ---------------------------------------------------------------------------- networks
 
 
 def test_initial_output_is_zero_so_the_first_loss_is_one():
     model = M.DiER(TINY)
-    x0 = torch.rand(64, 3, 8, 8) * 2 - 1
-    eps = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    t = torch.randint(1000, (64,))
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.rand(64, 3, 8, 8, generator=generator) * 2 - 1
+    eps = torch.randn(64, 3, 8, 8, generator=generator)
+    t = torch.randint(1000, (64,), generator=generator)
     eps_hat = model(D.q_sample(x0, t, eps, D.alphas_cumprod().float()), t, x0)
-    assert torch.count_nonzero(eps_hat) == 0
+    assert eps_hat.shape == x0.shape and torch.count_nonzero(eps_hat) == 0
     assert D.eps_loss(eps_hat, eps).mean().item() == pytest.approx(1.0, abs=0.04)
 
 
 def test_initially_v_depends_on_the_image_and_not_on_t():
+    torch.manual_seed(0)
     encoder = M.Encoder(TINY).eval()
     x0 = torch.rand(2, 3, 8, 8)
     a, b = (encoder(x0, torch.full((2,), t)) for t in (0, 999))
-    assert a.shape == (2, 1024)
+    assert a.shape == (2, M.V) == (2, 1024)
     assert torch.equal(a, b) and not torch.allclose(a[0], a[1])
     randomise(encoder)
     a, b = (encoder(x0, torch.full((2,), t)) for t in (0, 999))
@@ -152,23 +178,42 @@ def test_encoder_gradient_is_exactly_zero_for_two_steps_and_not_by_the_fourth():
 
 
 def test_v_reaches_the_dit_and_t_too():
+    torch.manual_seed(0)
     dit = randomise(M.DiT(TINY))
-    x, t, v = torch.randn(2, 3, 8, 8), torch.tensor([5, 5]), torch.randn(2, 1024)
+    x, t, v = torch.randn(2, 3, 8, 8), torch.tensor([5, 5]), torch.randn(2, M.V)
     base = dit(x, t, v)
     assert base.shape == x.shape
     assert not torch.allclose(base, dit(x, t, v + 1), atol=1e-4)
     assert not torch.allclose(base, dit(x, t + 500, v), atol=1e-4)
 
 
+def test_the_rank_of_v_is_bounded_by_the_last_width():
+    torch.manual_seed(0)
+    encoder = randomise(M.Encoder(TINY)).double().eval()
+    v = encoder(torch.rand(64, 3, 8, 8).double(), torch.full((64,), 100))
+    assert torch.linalg.matrix_rank(v - v.mean(0)) == TINY.base * TINY.mult[-1] == 16
+
+
+def test_noise_that_does_not_fit_a_token_never_reaches_the_dit():
+    torch.manual_seed(0)
+    dit = randomise(M.DiT(replace(TINY, patch=4)))  # 48 numbers of a patch into 16
+    x_t, v = torch.randn(1, 3, 8, 8), torch.randn(1, M.V)
+    kernel = torch.linalg.svd(dit.embed.weight)[2][16:]  # the 32 directions the product loses
+    lost = M.unpatchify(torch.randn(1, 4, 32) @ kernel, 4, 3)
+    t = torch.tensor([500])
+    assert torch.allclose(dit(x_t, t, v), dit(x_t + lost, t, v), atol=1e-3)
+    assert not torch.allclose(dit(x_t, t, v), dit(x_t + torch.randn_like(x_t), t, v), atol=0.1)
+
+
 def test_dit_against_a_plain_forward_in_float64():
-    """One block and the output, token by token, written from DESIGN's formulas in NumPy."""
-    cfg = replace(TINY, depth=1, heads=1)
-    dit = randomise(M.DiT(cfg)).double()
-    x, t, v = torch.randn(1, 3, 8, 8).double(), torch.tensor([321]), torch.randn(1, 1024).double()
-    w = {k: p.detach().numpy() for k, p in dit.state_dict().items()}
+    """One block and the output, token by token, written from the paper's formulas in NumPy."""
+    torch.manual_seed(0)
+    dit = randomise(M.DiT(replace(TINY, depth=1, heads=1))).double()
+    x, t, v = torch.randn(1, 3, 8, 8).double(), torch.tensor([321]), torch.randn(1, M.V).double()
+    weights = {name: p.detach().numpy() for name, p in dit.state_dict().items()}
 
     def linear(name, x):
-        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
     def norm(x):
         return (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6)
@@ -199,64 +244,72 @@ def test_dit_against_a_plain_forward_in_float64():
     np.testing.assert_allclose(got, out, rtol=1e-10, atol=1e-10)
 
 
-def test_resblock_halves_by_average_on_both_branches():
-    block = M.ResBlock(8, 8, 32, 0.0, down=True)
-    x, time = torch.randn(2, 8, 4, 4), torch.randn(2, 32)
-    nn.init.zeros_(block.conv2.weight)
-    nn.init.zeros_(block.conv2.bias)
-    want = x.view(2, 8, 2, 2, 2, 2).mean((3, 5))
-    assert torch.allclose(block(x, time), want, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_norms_softmax_and_loss_stay_fp32_under_autocast(dtype, monkeypatch):
-    seen = []
-    for name in ("group_norm", "layer_norm"):
-        real = getattr(torch.nn.functional, name)
-
-        def spy(x, *args, real=real, **kw):
-            out = real(x, *args, **kw)
-            seen.append((x.dtype, out.dtype))
-            return out
-
-        monkeypatch.setattr(torch.nn.functional, name, spy)
-    softmax = torch.Tensor.softmax
-
-    def spy_softmax(x, *args, **kw):
-        out = softmax(x, *args, **kw)
-        seen.append((torch.float32, out.dtype))
-        return out
-
-    monkeypatch.setattr(torch.Tensor, "softmax", spy_softmax)
-    model = randomise(M.DiER(TINY))
-    x0, t = torch.rand(2, 3, 8, 8), torch.tensor([1, 900])
-    with torch.autocast("cpu", dtype=dtype):
-        eps_hat = model(x0, t, x0)
-    assert eps_hat.dtype == dtype  # the products did run in half precision
-    assert D.eps_loss(eps_hat, x0).dtype == torch.float32
-    assert len(seen) > 10 and all(pair == (torch.float32, torch.float32) for pair in seen)
+# ---------------------------------------------------------------------------- Table 4
 
 
 @pytest.mark.parametrize(
-    "change,words",
+    "row, dit, encoder", [(32, 8.36, 38.37), (64, 32.89, 39.95), (256, 173.1, 181.1)]
+)
+def test_parameter_counts_of_table_4(row, dit, encoder):
+    name = {32: "cifar10", 64: "tiny-imagenet", 256: "bccd"}[row]
+    with torch.device("meta"):
+        model = M.DiER(row_config("paper", name, row))
+    assert parameters(model.dit) / 1e6 == pytest.approx(dit, rel=0.01)
+    assert parameters(model.encoder) / 1e6 == pytest.approx(encoder, rel=0.01)
+
+
+@pytest.mark.parametrize("preset", M.PRESETS)
+@pytest.mark.parametrize("name", data.SETS)
+def test_every_set_has_a_row_that_builds_and_whose_tokens_hold_the_noise(preset, name):
+    facts = data.SETS[name]
+    columns, cfg = M.table_row(preset, name, facts.row), row_config(preset, name, facts.row)
+    with torch.device("meta"):
+        model = M.DiER(cfg)
+    assert set(columns) == set(M.COLUMNS) and columns["epochs"] >= 1
+    assert cfg.hidden >= cfg.patch**2 * cfg.channels
+    if preset == "paper":
+        assert (cfg.size, columns["epochs"]) == (facts.row, 200)
+        assert columns["lr"] == (1e-5 if facts.row == 256 else 1e-4)
+        assert columns["batch_size"] == (16 if facts.row == 256 else 128)
+    else:
+        assert cfg.size == {32: 16, 64: 32, 256: 64}[facts.row] and parameters(model) < 7e6
+
+
+def test_a_set_takes_its_own_row_before_that_of_its_size():
+    assert all(len(row) == len(M.COLUMNS) for row in M.TABLE.values())
+    assert {key.split()[0] for key in M.TABLE} == set(M.PRESETS)
+    assert M.table_row("cpu", "glyphs", 32)["epochs"] != M.table_row("cpu", "mnist", 32)["epochs"]
+    assert M.table_row("cpu", "my pictures", 64) == M.table_row("cpu", "tiny-imagenet", 64)
+    assert M.table_row("paper", "glyphs", 32) == M.table_row("paper", "cifar10", 32)
+
+
+@pytest.mark.parametrize(
+    "change, line",
     [
-        (dict(size=30, patch=4), "image size 30 is not a multiple of patch 4"),
-        (dict(size=9, patch=3), "cannot be halved 1 times"),
-        (dict(hidden=18), "hidden 18 is not a multiple of 4 x 2 heads"),
-        (dict(base=6), "encoder width 6"),
+        ({"size": 30, "patch": 4}, "size 30 is not a multiple of patch 4: give --patch 3"),
+        ({"size": 9, "patch": 3}, "size 9 cannot be halved 1 times: give --size 8 or fewer --mult"),
+        ({"hidden": 20}, "hidden 20 is not a multiple of 4 x heads 2: give --hidden 16"),
+        ({"hidden": 4}, "hidden 4 is not a multiple of 4 x heads 2: give --hidden 8"),
+        ({"base": 7}, "encoder width 7 (base 7 x mult) does not divide into 1 groups and 2 heads"),
+        ({"enc_heads": 3}, "encoder width 8 (base 8 x mult) does not divide into 2 groups and 3"),
+        ({"base": 18}, "encoder width 18 (base 18 x mult) does not divide into 4 groups"),
     ],
 )
-def test_sizes_that_do_not_fit_say_so(change, words):
-    with pytest.raises(ValueError, match=words):
+def test_sizes_that_do_not_fit_say_so_and_show_the_way_out(change, line):
+    with pytest.raises(ValueError) as error:
         replace(TINY, **change)
+    message = str(error.value)
+    assert message.startswith(line) and len(message.splitlines()) == 1
+    assert "give " in message
 
 
 @pytest.mark.parametrize(
-    "row,batch",
-    [(32, 2), (64, 1), pytest.param(256, 1, marks=pytest.mark.slow)],
+    "row, batch",
+    [(32, 2), *(pytest.param(row, 1, marks=pytest.mark.slow) for row in (64, 256))],
 )
-def test_the_presets_of_table_4_take_a_training_step(row, batch):
-    cfg = M.PRESETS["paper"][row].model
+def test_the_sizes_of_table_4_take_a_training_step(row, batch):
+    cfg = row_config("paper", {32: "cifar10", 64: "tiny-imagenet", 256: "bccd"}[row], row)
+    torch.manual_seed(0)
     model = M.DiER(cfg)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     x0 = torch.rand(batch, 3, cfg.size, cfg.size)

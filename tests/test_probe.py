@@ -1,270 +1,404 @@
 """probe.py: the heads against a plain loop, the honest choice of t, the floors, the files."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, write_folder
+from conftest import TINY, fails, write_folder
+from PIL import Image
+from torch import nn
 
-import features
-import heads
+import data
 import model as M
 import probe
-import runs
 import train
 
-SETTINGS = {"epochs": 30, "lr": 1e-2, "batch_size": 64, "seeds": 1}
+CPU = torch.device("cpu")
+PROTOCOL = {"classes": 4, "epochs": 30, "lr": 1e-2, "norm": "std"}
 
 
-def blobs(n, classes=4, width=16, seed=0, times=2):
-    """Separable features (N, S, V) and labels (N,): a far-off corner for each class."""
+def blobs(n, seed=0, noise=0.1, classes=4, width=16):
+    """Features (N, V) and labels (N,): a corner for each class, Gaussian noise around it."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % classes
-    x = torch.randn(n, times, width, generator=generator) * 0.1 + 3 * F.one_hot(y, width)[:, None]
-    return x, y
+    return noise * torch.randn(n, width, generator=generator) + 3 * F.one_hot(y, width), y
 
 
-def fit(x, y, x_test, y_test, folds=None, classes=4, **change):
-    folds = torch.from_numpy(heads.make_folds(len(y), None, 0)) if folds is None else folds
-    task = heads.Task(y, y_test, folds, classes, **{**SETTINGS, **change})
-    return task.evaluate(x, x_test)
+def evaluate(train_set, test_set, **change):
+    """probe.evaluate on two pairs of features and labels, in the folds of the program."""
+    (x, y), (x_test, y_test) = train_set, test_set
+    folds = torch.from_numpy(probe.make_folds(len(y), None))
+    return probe.evaluate(x, x_test, [y, y_test], folds, {**PROTOCOL, **change})
 
 
-def test_separable_features_reach_100_and_labels_without_a_pattern_chance():
-    (x, y), (x_test, y_test) = blobs(400), blobs(200, seed=1)
-    for row in fit(x, y, x_test, y_test):
-        assert row["top1"] == 100 and row["held_out"] == 100 and row["top5"] is None
-    generator = torch.Generator().manual_seed(0)
-    x, x_test = (torch.randn(n, 2, 16, generator=generator) for n in (1000, 1000))
-    y, y_test = torch.arange(1000) % 4, torch.arange(1000) % 4
-    for row in fit(x, y, x_test, y_test):  # 25, give or take 1.4
-        assert 20 < row["top1"] < 30 and 20 < row["held_out"] < 30
+# ---------------------------------------------------------------------------- features
 
 
-def test_heads_equal_a_plain_loop_over_heads_and_times():
-    """Each head alone: its own AdamW, its own mean over the images that it may see."""
-    x, y = blobs(96, seed=3)
-    folds = torch.arange(96) % 3
-    weight, bias = heads.train_heads(x, y, folds, 4, 12, 5e-3, 32, seed=7)
-    generator = torch.Generator().manual_seed(heads.mix_seed(7, 2))
-    start = 0.01 * torch.randn(2, 16, 16, generator=generator)
-    orders = [torch.randperm(96, generator=generator) for _ in range(12)]
-    for s in range(2):
-        for head in range(4):
-            w = start[s, 4 * head : 4 * head + 4].T.clone().requires_grad_()
-            b = torch.zeros(4, requires_grad=True)
-            optimizer = torch.optim.AdamW([w, b], weight_decay=0.05)
-            for step in range(36):
-                index = orders[step // 3][step % 3 * 32 :][:32]
-                lr = 5e-3 * (step + 1) / 30 if step < 30 else 5e-3 * (36 - step) / 6
-                optimizer.param_groups[0]["lr"] = lr
-                keep = index[folds[index] != head - 1]
-                optimizer.zero_grad()
-                F.cross_entropy(x[keep, s] @ w + b, y[keep]).backward()
-                optimizer.step()
-            assert torch.allclose(weight[s, 4 * head : 4 * head + 4].T, w, atol=5e-5)
-            assert torch.allclose(bias[s, 4 * head : 4 * head + 4, 0], b, atol=5e-5)
-
-
-def test_learning_rate_warms_up_and_ends_at_zero():
-    rates = [heads.learning_rate(i, 100, 10, 2.0) for i in range(100)]
-    assert rates[0] == 0.2 and rates[9] == 2.0 and max(rates) == 2.0
-    assert rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.03
-
-
-def test_top5_counts_the_first_five():
-    x, labels = torch.eye(12)[:, None], torch.arange(12)
-    weight = torch.arange(12.0).expand(12, 12).T[None].clone()  # class 11 wins, then 10, ...
-    ranks = heads.head_ranks(x, labels, weight, torch.zeros(1, 12, 1), 12)
-    assert ranks.shape == (1, 1, 12) and ranks[0, 0].tolist() == list(range(11, -1, -1))
-
-
-def test_t_is_chosen_without_the_test_labels():
-    (x, y), (x_test, y_test) = blobs(400, times=3), blobs(200, seed=1, times=3)
-    for part in (x, x_test):  # t = 0 and 2 are noisier than t = 1
-        for s, noise in ((0, 4.0), (2, 8.0)):
-            generator = torch.Generator().manual_seed(s)
-            part[:, s] += noise * torch.randn(part[:, s].shape, generator=generator)
-    choices = []
-    for labels in (y_test, (y_test + 1) % 4):  # poisoned: each test label is wrong
-        rows = [{"t": t, **r} for t, r in zip((0, 500, 999), fit(x, y, x_test, labels))]
-        choices.append((heads.choose(rows, "held_out")["t"], rows))
-    assert choices[0][0] == choices[1][0] == 500
-    held = [[r["held_out"] for r in rows] for _, rows in choices]
-    assert held[0] == held[1]
-    assert choices[1][1][1]["top1"] < 5  # the poison did reach the test accuracy
-
-
-def test_folds_keep_groups_together_and_hold_everything_out_once():
-    groups = np.random.default_rng(0).integers(0, 60, 1000)
-    folds = heads.make_folds(1000, groups, 0)
-    assert set(folds) == set(range(5))
-    assert all(len(set(folds[groups == g])) == 1 for g in set(groups))
-    big = heads.make_folds(10_000, np.arange(10_000) // 4, 0)
-    assert set(big) == {-1, 0} and 0.08 < (big == 0).mean() < 0.12
-    assert all(len(set(big[i : i + 4])) == 1 for i in range(0, 10_000, 4))
-    alone = heads.make_folds(1000, None, 0)
-    assert np.bincount(alone).tolist() == [200] * 5
-
-
-def test_knn_against_numpy(monkeypatch):
-    rng = np.random.default_rng(0)
-    train_x, test_x = rng.normal(size=(150, 5)), rng.normal(size=(40, 5))
-    y, y_test = rng.integers(0, 3, 150), rng.integers(0, 3, 40)
-    hits = 0
-    for x, label in zip(test_x, y_test):
-        cosine = train_x @ x / np.linalg.norm(train_x, axis=1) / np.linalg.norm(x)
-        votes = np.bincount(y[np.argsort(-cosine)[:20]], minlength=3)
-        hits += votes.argmax() == label
-    stored = [torch.from_numpy(x)[:, None].float() for x in (train_x, test_x)]
-    labels = [torch.from_numpy(a) for a in (y, y_test)]
-    for block in (7, 4000):  # in many blocks, smaller than 20 neighbours, and in one
-        monkeypatch.setattr(heads, "KNN_BLOCK", block)
-        assert heads.knn_accuracy(*stored, 0, *labels, 3) == pytest.approx(100 * hits / 40)
-
-
-def test_standardising_uses_the_training_set_alone():
-    x, x_test = torch.randn(5000, 2, 3) * 0.02 + 5, torch.randn(50, 2, 3)
-    x[:, :, 2] = 1.0  # constant
-    mean, std = features.moments(x)
-    assert torch.allclose(mean[:, 0], x.double().mean(0).float(), atol=1e-6)
-    assert torch.allclose(std[:, 0], x.double().std(0, correction=0).float(), atol=1e-6)
-    want = (x_test[:, 0, 0] - mean[0, 0, 0]) / std[0, 0, 0]
-    features.standardise(x, x_test)
-    assert x.mean(0).abs().max() < 1e-3 and x[:, :, 2].abs().max() < 1e-3
-    assert torch.allclose(x.std(0)[:, :2], torch.ones(2, 2), atol=0.01)
-    assert torch.isfinite(x_test).all() and torch.allclose(x_test[:, 0, 0], want, atol=1e-4)
-
-
-def test_features_that_do_not_fit_go_to_a_file_that_leaves_nothing(tmp_path, monkeypatch):
-    (x, y), (x_test, y_test) = blobs(400), blobs(200, seed=1)
-    folds, rows = torch.from_numpy(heads.make_folds(400, None, 0)), []
-    for limit in (features.IN_MEMORY, 100):
-        monkeypatch.setattr(features, "IN_MEMORY", limit)
-        out = [features.room(part.shape, torch.device("cpu"), tmp_path) for part in (x, x_test)]
-        for values, part in zip(out, (x, x_test)):
-            assert values.dtype == torch.half and not values.any()
-            values.copy_(part)
-        assert list(tmp_path.iterdir()) == []
-        features.standardise(*out)
-        rows.append(heads.Task(y, y_test, folds, 4, **SETTINGS).evaluate(*out))
-    assert rows[0] == rows[1] and rows[0][0]["top1"] == 100
-
-
-def test_half_precision_changes_no_accuracy_by_more_than_a_third_of_a_point():
-    """Overlapping classes, and features with the small spread off zero that v has."""
-    (x, y), (x_test, y_test) = blobs(4000, seed=5), blobs(2000, seed=6)
-    noise = torch.Generator().manual_seed(0)
-    x, x_test = (0.3 + 0.02 * (p + 2 * torch.randn(p.shape, generator=noise)) for p in (x, x_test))
-    folds, results = torch.from_numpy(heads.make_folds(4000, None, 0)), []
-    for both in ([x, x_test], [x.half(), x_test.half()]):
-        features.standardise(*both)
-        results.append(heads.Task(y, y_test, folds, 4, **SETTINGS).evaluate(*both))
-    for a, b in zip(*results):
-        assert 60 < a["top1"] < 99 and abs(a["top1"] - b["top1"]) <= 0.3
-
-
-def test_wilson_interval():
-    low, high = heads.binomial_interval(90.0, 100)  # tabulated: 0.826 to 0.945
-    assert low == pytest.approx(82.56, abs=0.02) and high == pytest.approx(94.48, abs=0.02)
+@pytest.mark.parametrize("amp, tolerance", [("off", 1e-3), ("bf16", 3e-2)])
+def test_encoding_uses_eval_mode_and_leaves_the_weights_alone(amp, tolerance, monkeypatch):
+    monkeypatch.setattr(probe, "pick_amp", lambda name, device: amp)
+    torch.manual_seed(0)
+    encoder = M.Encoder(M.ModelConfig(8, 1, 4, 16, 1, 2, 8, 1, (1, 2), (4,), 2, dropout=0.5))
+    for layer in encoder.train().zero_initialised():
+        layer.reset_parameters()
+    before = {name: p.clone() for name, p in encoder.state_dict().items()}
+    images = np.random.default_rng(0).integers(0, 256, (probe.BLOCK + 50, 1, 8, 8), dtype=np.uint8)
+    images.flags.writeable = False  # as a memory-mapped cache is
+    v_0, again, v_999 = (probe.encode(encoder, images, t, CPU, "") for t in (0, 0, 999))
+    assert v_0.shape == (300, 1024) and v_0.dtype == torch.half and not v_0.requires_grad
+    assert torch.equal(v_0, again) and not torch.allclose(v_0, v_999) and not encoder.training
+    alone = encoder(data.to_float(torch.from_numpy(images[299:].copy())), torch.tensor([999]))
+    assert torch.allclose(v_999[299].float(), alone[0], atol=tolerance)
+    assert all(torch.equal(p, before[name]) for name, p in encoder.state_dict().items())
 
 
 def test_raw_pixels_are_averaged_to_32():
     image = np.zeros((1, 1, 64, 64), np.uint8)
     image[0, 0, 0, 0:2] = 255
-    x = features.raw_pixels(image)
-    assert x.shape == (1, 1, 1024) and x.dtype == torch.half
-    assert x[0, 0, 0] == pytest.approx(0.0, abs=1e-3) and x[0, 0, 1] == -1
-    assert features.raw_pixels(np.zeros((3, 3, 16, 16), np.uint8)).shape == (3, 1, 768)
+    x = probe.raw_pixels(image)
+    assert x.shape == (1, 1024) and x.dtype == torch.half
+    assert x[0, 0] == pytest.approx(0.0, abs=1e-3) and x[0, 1] == -1
+    assert probe.raw_pixels(np.zeros((300, 3, 16, 16), np.uint8)).shape == (300, 768)
 
 
-def test_encoding_uses_eval_mode_and_leaves_the_weights_alone():
-    cfg = M.ModelConfig(8, 1, 4, 16, 1, 2, 8, 1, (1, 2), (4,), 2, dropout=0.5)
+def test_standardising_uses_the_training_set_alone():
     torch.manual_seed(0)
-    encoder = M.Encoder(cfg).train()
-    for layer in encoder.zero_initialised():
-        layer.reset_parameters()
-    before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    images = np.random.default_rng(0).integers(0, 256, (300, 1, 8, 8), dtype=np.uint8)
-    cpu = torch.device("cpu")
-    a, b = (features.encode(encoder, images, [0, 999], cpu, None, "test") for _ in range(2))
-    assert a.shape == (300, 2, 1024) and torch.equal(a, b) and not encoder.training
-    assert not torch.allclose(a[:, 0], a[:, 1])
-    alone = encoder(features.to_float(torch.from_numpy(images[299:])), torch.tensor([999]))
-    assert torch.allclose(a[299, 1].float(), alone[0], atol=1e-3)
-    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+    x, x_test = torch.randn(5000, 4) * 0.02 + 5, torch.randn(50, 4)
+    x[:, 2] = 1.0  # constant
+    x[:, 3] = 0.0
+    x[0, 3], x_test[0, 3] = 1e-3, 50  # nearly constant: 50 would be beyond half precision
+    got, got_test = probe.standardise(x.half(), x_test.half())
+    assert got.dtype == got_test.dtype == torch.half
+    assert got.float().mean(0).abs().max() < 1e-3 and not got[:, 2].any()
+    assert torch.allclose(got.float().std(0)[:2], torch.ones(2), atol=0.01)
+    y = x.half().double()[:, 0]
+    want = (x_test.half().double()[:, 0] - y.mean()) / y.std(correction=0)
+    assert torch.allclose(got_test[:, 0].double(), want, rtol=1e-3)
+    assert torch.isfinite(got_test).all() and got_test[0, 3] > 6e4
 
 
-def test_the_random_floor_opens_the_branches_that_untrained_has_off():
-    cfg = M.ModelConfig(8, 1, 4, 16, 1, 2, 8, 1, (1, 2), (4,), 2)
-    settings = {"seed": 0, "model": cfg.__dict__}
+def test_half_precision_changes_no_accuracy_by_more_than_a_third_of_a_point():
+    """Overlapping classes, and features with the small spread off zero that v has."""
+    pairs = [blobs(n, seed, noise=2.0) for n, seed in ((2000, 5), (2000, 6))]
+    results = []
+    for dtype in (torch.float32, torch.half):
+        x, x_test = ((0.3 + 0.02 * features).to(dtype) for features, _ in pairs)
+        if dtype == torch.half:
+            x, x_test = probe.standardise(x, x_test)
+        else:
+            mean, std = x.mean(0), x.std(0, correction=0)
+            x, x_test = (x - mean) / std, (x_test - mean) / std
+        results.append(evaluate((x, pairs[0][1]), (x_test, pairs[1][1]), epochs=10))
+    assert 60 < results[0]["top1"] < 99 and abs(results[0]["top1"] - results[1]["top1"]) <= 0.3
+
+
+# ---------------------------------------------------------------------------- heads
+
+
+def test_separable_features_reach_100_and_labels_without_a_pattern_chance():
+    row = evaluate(blobs(400), blobs(200, seed=1))
+    assert row == {"top1": 100, "top5": None, "held_out": 100}
+    generator = torch.Generator().manual_seed(0)
+    x, x_test = torch.randn(2, 1000, 16, generator=generator)
+    y = torch.arange(1000) % 4
+    row = evaluate((x, y), (x_test, y))  # 25, give or take 1.4
+    assert 20 < row["top1"] < 30 and 20 < row["held_out"] < 30
+
+
+@pytest.mark.parametrize("epochs", [12, 3])
+def test_heads_equal_a_plain_loop(epochs, monkeypatch):
+    """Each head alone: its own AdamW, its own mean over the images that it may see."""
+    monkeypatch.setattr(probe, "BATCH", 32)
+    x, y = blobs(100, seed=3)  # three batches of 32; four images of each permutation are left out
+    folds = torch.arange(100) % 4 - 1  # -1 is never held out
+    layer = probe.train_heads(x, y, folds, 4, epochs, 5e-3)
+    generator = torch.Generator().manual_seed(data.mix_seed(0, 2))
+    start = 0.01 * torch.randn(16, 16, generator=generator)
+    orders = [torch.randperm(100, generator=generator) for _ in range(epochs)]
+    total, warmup = 3 * epochs, 3 * min(10, epochs)
+    for head in range(4):
+        mine = slice(4 * head, 4 * head + 4)
+        weight, bias = start[mine].clone().requires_grad_(), torch.zeros(4, requires_grad=True)
+        optimizer = torch.optim.AdamW([weight, bias], weight_decay=0.05)
+        for step in range(total):
+            index = orders[step // 3][step % 3 * 32 :][:32]
+            rise, fall = (step + 1) / warmup, (total - step) / max(1, total - warmup)
+            optimizer.param_groups[0]["lr"] = 5e-3 * (rise if step < warmup else fall)
+            seen = index[(folds[index] != head - 1) | (head == 0)]
+            optimizer.zero_grad()
+            F.cross_entropy(x[seen] @ weight.T + bias, y[seen]).backward()
+            optimizer.step()
+        assert torch.allclose(layer.weight[mine], weight, atol=5e-5)
+        assert torch.allclose(layer.bias[mine], bias, atol=5e-5)
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    rates = [probe.learning_rate(i, 100, 10, 2.0) for i in range(100)]
+    assert rates[0] == 0.2 and rates[9] == 2.0 and max(rates) == 2.0
+    assert rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.03
+    assert [probe.learning_rate(i, 3, 3, 3.0) for i in range(3)] == [1, 2, 3]  # all is warm-up
+
+
+def test_top1_and_top5_of_head_0_and_held_out_of_the_head_that_did_not_see(monkeypatch):
+    """Heads that always rank their classes alike: of twelve, head h prefers class h, h + 1, ..."""
+    y, folds = torch.arange(24) % 12, torch.arange(24) % 2
+    layer = nn.Linear(3, 36)
+    scores = [[-((k - h) % 12) for k in range(12)] for h in range(3)]
+    nn.init.zeros_(layer.weight)
+    layer.bias.data = torch.tensor(scores).float().flatten()
+    monkeypatch.setattr(probe, "train_heads", lambda *args: layer.requires_grad_(False))
+    x, y_test = torch.zeros(24, 3), torch.tensor([0, 0, 1, 2, 3, 4, 5, 6])
+    row = probe.evaluate(x, x[:8], [y, y_test], folds, {**PROTOCOL, "classes": 12})
+    assert row["top1"] == 25 and row["top5"] == 75
+    # Fold 0 has the even labels and is guessed as 1, fold 1 the odd ones, guessed as 2.
+    assert row["held_out"] == 0
+    layer.bias.data = torch.tensor([scores[0], scores[2], scores[1]]).float().flatten()
+    row = probe.evaluate(x, x[:8], [y, y_test], folds, {**PROTOCOL, "classes": 12})
+    assert row["held_out"] == pytest.approx(100 / 6)
+
+
+def test_folds_keep_groups_together_and_hold_everything_out_once():
+    groups = np.random.default_rng(0).integers(0, 60, 1000)
+    folds = probe.make_folds(1000, groups)
+    assert set(folds) == set(range(5))
+    assert all(len(set(folds[groups == g])) == 1 for g in set(groups))
+    alone = probe.make_folds(1000, None)
+    assert np.bincount(alone).tolist() == [200] * 5
+    assert set(probe.make_folds(probe.FEW - 1, None)) == set(range(5))
+    many = probe.make_folds(probe.FEW, np.arange(probe.FEW) // 4)
+    assert set(many) == {-1, 0} and 0.08 < (many == 0).mean() < 0.12
+    assert all(len(set(many[i : i + 4])) == 1 for i in range(0, probe.FEW, 4))
+
+
+def test_knn_against_numpy():
+    rng = np.random.default_rng(0)
+    x, x_test = rng.normal(size=(150, 5)), rng.normal(size=(1100, 5))  # more than one block
+    y, y_test = rng.integers(0, 3, 150), rng.integers(0, 3, 1100)
+    cosine = x_test @ x.T / np.linalg.norm(x_test, axis=1)[:, None] / np.linalg.norm(x, axis=1)
+    near = np.argsort(-cosine, axis=1)
+    for n in (150, 12):  # with 12 images all of them vote
+        kept = [row[row < n][:20] for row in near]
+        votes = [np.bincount(y[row], minlength=3).argmax() for row in kept]
+        stored = [torch.from_numpy(part).float() for part in (x[:n], x_test)]
+        labels = [torch.from_numpy(part) for part in (y[:n], y_test)]
+        assert probe.knn(*stored, labels, 3) == pytest.approx(100 * np.mean(votes == y_test))
+
+
+def test_wilson_interval():
+    low, high = probe.wilson(90.0, 100)  # tabulated: 0.826 to 0.945
+    assert low == pytest.approx(82.56, abs=0.02) and high == pytest.approx(94.48, abs=0.02)
+    for n in range(1, 200):  # rounding must not print "-0.00 to"
+        assert probe.wilson(0.0, n)[0] >= 0 and probe.wilson(100.0, n)[1] <= 100
+
+
+# ---------------------------------------------------------------------------- the choice of t
+
+
+class Noisy(nn.Module):
+    """Stands for an encoder: pixels under noise whose std depends on t."""
+
+    NOISE = {0: 4.0, 500: 0.5, 900: 0.5, 999: 8.0}
+
+    def forward(self, x0, t):
+        return x0.flatten(1) + self.NOISE[int(t[0])] * torch.randn(len(x0), x0[0].numel())
+
+
+def pictures(n, seed):
+    """A Split of n images 4 x 4 in four classes, each bright in a row of its own."""
+    images = np.random.default_rng(seed).integers(0, 60, (n, 1, 4, 4), dtype=np.uint8)
+    labels = np.arange(n) % 4
+    images[np.arange(n), 0, labels] += 150
+    return data.Split(images, labels, None, list("abcd"))
+
+
+def test_t_is_chosen_without_the_test_labels(capsys):
+    results = []
+    for shift in (0, 1):  # poisoned: with 1 each test label is wrong
+        test = pictures(200, 1)
+        test.labels = (test.labels + shift) % 4
+        torch.manual_seed(0)
+        splits = pictures(400, 0), test
+        results.append(probe.probe(Noisy(), {}, list(Noisy.NOISE), splits, CPU, PROTOCOL))
+    clean, poisoned = results
+    assert clean["chosen_t"] == poisoned["chosen_t"] == 500  # the smallest t of equals
+    for a, b in zip(clean["rows"], poisoned["rows"]):
+        assert a["held_out"] == b["held_out"]
+    assert clean["rows"][1]["top1"] > 95 and poisoned["test_top1"] < 5  # the poison did reach it
+    assert poisoned["oracle_t"] in (0, 999) and poisoned["oracle_top1"] > 5
+
+
+def test_each_row_is_printed_before_the_next_t_is_encoded(monkeypatch, capsys):
+    real, printed = probe.encode, {}
+
+    def encode(encoder, images, t, device, what):
+        printed[what] = printed.get("", "") + capsys.readouterr().out
+        printed[""] = printed[what]
+        return real(encoder, images, t, device, what)
+
+    monkeypatch.setattr(probe, "encode", encode)
+    splits = pictures(60, 0), pictures(20, 1)
+    result = probe.probe(Noisy(), {"random": Noisy()}, [0, 500], splits, CPU, PROTOCOL)
+    assert printed["v_0 of train"].split() == ["t", "held-out", "top-1", "kNN"]
+    assert printed["v_0 of test"] == printed["v_0 of train"]
+    *_, row = printed["v_500 of train"].splitlines()
+    first = result["rows"][0]
+    assert row.split() == ["0", *(f"{first[key]:.2f}" for key in ("held_out", "top1", "knn"))]
+    *_, row = printed["random of train"].splitlines()
+    assert row.split()[0] == "500"
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """A folder with a set of two classes and a run of four epochs on it."""
+    root = tmp_path_factory.mktemp("once")
+    write_folder(root / "set")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        train.main(["--data", "set", *TINY, "--epochs", "4"])
+    return root
+
+
+@pytest.fixture
+def trained(once, tmp_path, monkeypatch):
+    """The folder of the run, in a current directory of the test's own."""
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return train.RUNS / "set"
+
+
+def run(*args):
+    """probe.main on the CPU."""
+    probe.main(["--device", "cpu", *args])
+
+
+def results(folder):
+    """The results of the probe in a run's folder: {name: text}."""
+    return {path.name: path.read_text() for path in folder.glob("probe*.json")}
+
+
+def test_probe_json_has_what_the_docstring_says(trained, capsys):
+    run()
+    out = capsys.readouterr().out
+    result = json.loads((trained / "probe.json").read_text())
+    keys = {"rows", "chosen_t", "test_top1", "oracle_t", "oracle_top1", "floors", "protocol"}
+    assert set(result) == keys | {"n_train", "n_test", "name"}
+    assert set(result["rows"][0]) == {"t", "top1", "top5", "held_out", "knn"}
+    assert set(result["floors"]) == {"pixels", "untrained", "random"}
+    assert all(key in probe.__doc__ for part in (result, result["rows"][0]) for key in part)
+    times = [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999]
+    assert [row["t"] for row in result["rows"]] == times == probe.TIMES
+    assert result["floors"]["pixels"] == 100 and result["name"] == "set"
+    assert result["n_train"] == result["n_test"] == 40
+    protocol = {"data": "set", "limit": 0, "norm": "std", "epochs": 100, "lr": 2e-4}
+    assert result["protocol"] == protocol | {"weights": "ema", "classes": 2, "step": 3}
+    for words in (
+        f"t = {result['chosen_t']} (chosen by held-out training images): test top-1 ",
+        f"oracle: t = {result['oracle_t']} is best on the test set",
+        "(40 test images)",
+        "floors: pixels 100.00, untrained ",
+        "100 epochs (warm-up 10, then linear to 0), 40 training images, held-out 5-fold",
+    ):
+        assert words in out
+
+
+def test_one_t_is_no_choice_and_the_warm_up_is_that_of_the_heads(trained, capsys):
+    run("--t", "400", "--epochs", "3")
+    out = capsys.readouterr().out
+    assert "t = 400 (given): test top-1 " in out and "95% interval" in out
+    assert "oracle" not in out and "3 epochs (warm-up 3, " in out
+    assert list(results(trained)) == ["probe-t-400-epochs-3.json"]
+
+
+def test_no_call_destroys_the_result_of_another(trained, tmp_path):
+    write_folder(tmp_path / "other" / "set", per_class=6, classes=3)  # also a transfer
+    kept = {}
+    for flags, name in [
+        ([], "probe-t-400-epochs-2.json"),
+        (["--limit", "12", "--norm", "none"], "probe-t-400-limit-12-norm-none-epochs-2.json"),
+        (["--weights", "raw", "--lr", "0.001"], "probe-t-400-epochs-2-lr-0.001-weights-raw.json"),
+        (["--data", "other/set"], "probe-t-400-data-other_set-epochs-2.json"),
+        (["--limit", "0", "--norm", "std", "--lr", "2e-4", "--data", "set"], None),  # defaults
+    ]:
+        run("--t", "400", "--epochs", "2", *flags)
+        found = results(trained)
+        assert found.keys() - kept.keys() == ({name} if name else set())
+        assert kept.items() <= found.items()
+        kept = found
+    limited = json.loads(kept["probe-t-400-limit-12-norm-none-epochs-2.json"])
+    assert limited["n_train"] == limited["n_test"] == 12 and limited["protocol"]["norm"] == "none"
+    other = json.loads(kept["probe-t-400-data-other_set-epochs-2.json"])
+    assert other["n_test"] == 18 and other["protocol"]["classes"] == 3
+
+
+def test_the_random_floor_opens_the_branches_that_untrained_has_off(trained):
+    settings = train.read_config(trained)
     off, on = (probe.untrained_encoder(settings, random) for random in (False, True))
     assert all(not layer.weight.any() for layer in off.zero_initialised())
     assert all(layer.weight.all() for layer in on.zero_initialised())
     assert torch.equal(off.stem.weight, on.stem.weight)
 
 
-# ---------------------------------------------------------------------------- the command
+def test_export_holds_v_t_as_the_encoder_gives_it(trained):
+    run("--t", "0,400", "--epochs", "1", "--export", "new/out.npz")
+    model, _ = train.load_model(trained)
+    splits = data.load("set", 8, 3, train.Path("data"))
+    with np.load("new/out.npz") as file:
+        assert set(file) == {
+            "x_train_0",
+            "x_test_0",
+            "x_train_400",
+            "x_test_400",
+            "y_train",
+            "y_test",
+        }
+        for split, kind in zip(splits, ("train", "test")):
+            assert np.array_equal(file[f"y_{kind}"], split.labels)
+            for t in (0, 400):
+                v = file[f"x_{kind}_{t}"]
+                assert v.shape == (40, 1024) and v.dtype == np.float16
+                want = probe.encode(model.encoder, split.images, t, CPU, "")
+                np.testing.assert_allclose(v, want.numpy(), atol=1e-3)
+    assert [path.name for path in train.Path("new").iterdir()] == ["out.npz"]
 
 
-@pytest.fixture
-def trained(folder):
-    train.main(["--data", folder, *TINY, "--epochs", "4", "--device", "cpu"])
-    return runs.RUNS / "set"
+@pytest.mark.parametrize("where", ["set/train/class0/00.png/out.npz", "set"])
+def test_an_export_that_cannot_be_written_is_one_line_before_any_work(
+    trained, where, monkeypatch, capsys
+):
+    monkeypatch.setattr(probe, "encode", None)  # a call would be an error of another kind
+    error = fails(capsys, train.guard, lambda: run("--export", where))
+    assert where.removesuffix("/out.npz") in error and not results(trained)
 
 
-def run(*args):
-    probe.main(["--device", "cpu", *args])
+def test_the_table_is_printed_before_a_file_that_cannot_be_written(trained, capsys):
+    (trained / "probe-t-400-epochs-1.json").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        train.guard(lambda: run("--t", "400", "--epochs", "1"))
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and "(given): test top-1 " in out and "saved" not in out
+    assert len(error.splitlines()) == 1 and "Is a directory" in error
 
 
-def test_probe_json_has_what_the_docstring_says(trained, capsys):
+def test_a_collapsed_encoder_reads_chance(tmp_path, monkeypatch, capsys):
+    """Equal grey pictures: features are constant, all scores are tied, and a tie is no hit."""
+    monkeypatch.chdir(tmp_path)
+    for name in "abcd":
+        (tmp_path / "grey" / name).mkdir(parents=True)
+        for k in range(20):
+            Image.new("L", (8, 8), 128).save(tmp_path / "grey" / name / f"{k}.png")
+    train.main(["--data", "grey", *TINY, "--epochs", "1"])
     run("--t", "0,400")
-    out = capsys.readouterr().out
-    result = json.loads((trained / "probe.json").read_text())
-    keys = {"rows", "chosen_t", "test_top1", "oracle_t", "oracle_top1", "floors", "n_test"}
-    keys |= {"protocol", "run"}
-    assert set(result) == keys
-    assert [r["t"] for r in result["rows"]] == [0, 400]
-    assert set(result["rows"][0]) == {"t", "top1", "top5", "knn", "held_out"}
-    assert set(result["floors"]) == {"pixels", "untrained", "random"}
-    assert result["floors"]["pixels"] == 100 and result["n_test"] == 40
-    assert result["protocol"]["epochs"] == 100 and result["protocol"]["lr"] == 2e-4
-    assert result["protocol"]["held_out"] == "5-fold"
-    for word in ("chosen t", "oracle t", "floors", "95% interval", "protocol", "40 test images"):
-        assert word in out
-    run("--t", "400,999")
-    merged = json.loads((trained / "probe.json").read_text())
-    assert [r["t"] for r in merged["rows"]] == [0, 400, 999]
-    assert merged["rows"][0] == result["rows"][0]
-    train.main(["--run", str(trained), "--resume", "--epochs", "8", "--device", "cpu"])
-    run("--t", "100")  # another checkpoint: the old file is kept under its step
-    assert [r["t"] for r in json.loads((trained / "probe.json").read_text())["rows"]] == [100]
-    step = merged["protocol"]["step"]
-    assert json.loads((trained / f"probe-{step}.json").read_text()) == merged
-
-
-def test_other_protocols_go_to_other_files(trained, tmp_path):
-    write_folder(tmp_path / "other", per_class=10, classes=3)
-    run("--t", "400", "--epochs", "3", "--norm", "none", "--weights", "raw", "--limit", "12")
-    run("--t", "400", "--epochs", "3", "--data", "other", "--seeds", "2")
-    assert not (trained / "probe.json").exists()
-    limited = json.loads((trained / "probe-none-raw-limit12-epochs3.json").read_text())
-    assert limited["n_test"] == 12 and limited["protocol"]["norm"] == "none"
-    other = json.loads((trained / "probe-other-epochs3-seeds2.json").read_text())
-    assert other["n_test"] == 30 and other["rows"][0]["top1_std"] >= 0
-
-
-def test_export_holds_features_in_order(trained, tmp_path):
-    run("--t", "0,400", "--epochs", "1", "--export", "out.npz")
-    with np.load(tmp_path / "out.npz") as file:
-        assert file["features"].shape == (2, 80, 1024) and file["features"].dtype == np.float16
-        assert file["labels"].shape == (80,) and file["split"].tolist() == [0] * 40 + [1] * 40
-        assert file["t"].tolist() == [0, 400] and str(file["run"]) == "runs/set"
-        want = file["features"][:, :40].astype(np.float32).mean(1)
-        np.testing.assert_allclose(file["mean"], want, atol=1e-3)
-        assert file["std"].shape == (2, 1024)
+    result = json.loads((train.RUNS / "grey" / "probe-t-0-400.json").read_text())
+    assert result["n_train"] == 64 and result["n_test"] == 16
+    for row in result["rows"]:
+        assert row["top1"] == row["knn"] == 25 and row["held_out"] < 50
+    assert result["floors"] == {"pixels": 25, "untrained": 25, "random": 25}
 
 
 def test_unlabelled_images_train_and_the_probe_says_what_it_needs(tmp_path, monkeypatch, capsys):
@@ -273,18 +407,21 @@ def test_unlabelled_images_train_and_the_probe_says_what_it_needs(tmp_path, monk
     (tmp_path / "flat").mkdir()
     for i, path in enumerate((tmp_path / "set/train").rglob("*.png")):
         path.rename(tmp_path / f"flat/{i}.png")
-    train.main(["--data", "flat", *TINY, "--epochs", "2", "--device", "cpu"])
-    with pytest.raises(SystemExit) as stop:
-        run()
-    assert stop.value.code == 2 and "flat has no classes" in capsys.readouterr().err
+    train.main(["--data", "flat", *TINY, "--epochs", "2"])
+    assert "flat has no classes, and a probe needs two" in fails(capsys, run)
+    assert not results(train.RUNS / "flat")
 
 
-@pytest.mark.parametrize("text", ["1000", "-1", "a", "1,,2", ""])
+def test_runs_of_other_methods_are_refused_by_name(trained, capsys):
+    shutil.copytree(trained, train.RUNS / "baselines" / "mae")
+    config = json.loads((trained / "config.json").read_text()) | {"method": "mae"}
+    (train.RUNS / "baselines/mae/config.json").write_text(json.dumps(config))
+    error = fails(capsys, run, "--name", "baselines/mae")
+    assert "runs/baselines/mae is a run of mae: appendix.baselines probes it" in error
+
+
+@pytest.mark.parametrize("text", ["1000", "-1", "a", "1,,2", "", "0.5"])
 def test_times_outside_the_range_are_one_line(text, capsys):
-    with pytest.raises(SystemExit) as stop:
-        probe.parse_times(text)
-    assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_without_t_there_are_eleven():
-    assert probe.parse_times(None) == [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999]
+    error = fails(capsys, run, "--t", text)
+    assert f"{text}: give whole numbers in 0..999, as in 100,400" in error
+    assert probe.parse_times("400, 100,400,0999") == [100, 400, 999]

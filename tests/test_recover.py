@@ -1,19 +1,16 @@
-"""appendix/recover.py: the chain with an oracle, the modes, pages that hold the images given."""
+"""appendix/recover.py: the chain with an oracle, the four modes, the command."""
 
-import argparse
-import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
-from PIL import Image
+from conftest import TINY, fails, write_folder
 
+import data
 import diffusion
-import runs
 import train
 from appendix import recover
-from appendix.chart import FACTOR
 
 
 class Oracle:
@@ -32,100 +29,73 @@ class Oracle:
         return (x_t - a.sqrt() * v.view_as(x_t)) / (1 - a).sqrt()
 
 
+class Still(Oracle):
+    """A model that sees no noise: what it decodes is the code, whatever v says."""
+
+    def dit(self, x_t, t, v):
+        return torch.zeros_like(x_t)
+
+
+def images(n, bound=1.0):
+    """Random images (n, 1, 4, 4) in [-bound, bound], float64."""
+    generator = torch.Generator().manual_seed(n)
+    return (torch.rand(n, 1, 4, 4, dtype=torch.float64, generator=generator) * 2 - 1) * bound
+
+
+# ---------------------------------------------------------------------------- the chain
+
+
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
 def test_an_oracle_recovers_the_image_from_noise_and_from_its_code(steps):
-    x0 = torch.rand(3, 1, 4, 4, dtype=torch.float64) * 2 - 1
-    model = Oracle()
+    model, x0 = Oracle(), images(3)
     v = recover.trajectory(model, x0, diffusion.ddim_times(steps))
     assert model.seen == diffusion.ddim_times(steps)  # once for each step used
-    noise = torch.randn(x0.shape, dtype=torch.float64)
-    for eta in (0.0, 1.0):
-        assert torch.allclose(recover.from_noise(model, v, noise, steps, eta, 0), x0, atol=1e-9)
-    code = recover.encode_code(model, v, x0, steps)
-    assert torch.allclose(recover.from_code(model, v, code, steps), x0, atol=1e-9)
+    noise = recover.standard_noise(x0, 0)
+    got = recover.walk(diffusion.ddim_sample, model, v, noise, "from noise", clip=True)
+    assert torch.allclose(got, x0, atol=1e-9)
+    code = recover.walk(diffusion.ddim_invert, model, v, x0, "inversion")
+    assert steps == 1 or not torch.allclose(code, x0, atol=0.1)
+    got = recover.walk(diffusion.ddim_sample, model, v, code, "from code", clip=False)
+    assert torch.allclose(got, x0, atol=1e-9)
 
 
-def test_only_decoding_from_noise_clips_and_eta_adds_noise():
-    x0 = torch.rand(2, 1, 4, 4, dtype=torch.float64) * 4 - 2  # beyond [-1, 1]
-    v = recover.trajectory(Oracle(), x0, diffusion.ddim_times(7))
-    noise = torch.randn(x0.shape, dtype=torch.float64)
-    code = recover.encode_code(Oracle(), v, x0, 7)
-    assert torch.allclose(recover.from_code(Oracle(), v, code, 7), x0, atol=1e-9)
-    assert recover.from_noise(Oracle(), v, noise, 7, 0.0, 0).abs().max() <= 1
-
-    class Still(Oracle):
-        """Sees no noise, so that what is added stays in the picture."""
-
+def test_a_slow_walk_shows_its_progress(monkeypatch, capsys):
+    class Talking(Oracle):
         def dit(self, x_t, t, v):
-            return torch.zeros_like(x_t)
+            print("a step")
+            return super().dit(x_t, t, v)
 
-    small = 1e-3 * noise
-    a, b, c, d = (
-        recover.from_noise(Still(), v, small, 7, eta, seed)
-        for eta, seed in ((0.0, 0), (1.0, 0), (1.0, 0), (1.0, 1))
-    )
-    assert torch.equal(b, c) and not torch.allclose(a, b) and not torch.allclose(b, d)
-
-
-@pytest.fixture
-def pages(monkeypatch):
-    """The rows that a mode would draw."""
-    drawn = []
-    monkeypatch.setattr(
-        recover, "table_page", lambda rows, heads, path: drawn.append((rows, heads))
-    )
-    return drawn
+    clock = iter(range(0, 1_000, 20))
+    monkeypatch.setattr(data.time, "monotonic", lambda: next(clock))
+    v = recover.trajectory(Oracle(), images(2), diffusion.ddim_times(5))
+    capsys.readouterr()
+    recover.walk(diffusion.ddim_invert, Talking(), v, images(2), "inversion")
+    lines = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines[:3] == ["a step", "inversion: 1 of 5 steps", "a step"]
 
 
-def flags(**change):
-    return argparse.Namespace(**{"steps": 7, "eta": 0.0, "seed": 0, **change})
+def test_a_method_with_a_unet_is_walked_by_it():
+    class Other(Oracle):
+        dit = None
 
+        def unet(self, x_t, t, v):
+            return x_t + t.view(-1, 1, 1, 1) + v.view_as(x_t)
 
-def test_swap_puts_codes_in_rows_and_v_in_columns(pages, tmp_path):
-    x0 = torch.rand(3, 1, 4, 4, dtype=torch.float64) * 2 - 1
-    recover.swap(Oracle(), x0, flags(), tmp_path)
-    rows, heads = pages[0]
-    assert len(rows) == len(heads) == 4 and torch.equal(rows[0][1][1:], x0)
-    for i in range(3):  # the oracle's v is the image itself: column j shows image j in each row
-        assert torch.equal(rows[i + 1][1][0], x0[i])
-        assert torch.allclose(rows[i + 1][1][1:], x0, atol=1e-9)
-
-
-def test_interpolation_goes_from_the_first_image_to_the_second(pages, tmp_path):
-    x0 = torch.rand(4, 1, 4, 4, dtype=torch.float64) * 2 - 1
-    recover.interpolate(Oracle(), x0, flags(), tmp_path)
-    rows, heads = pages[0]
-    assert len(rows) == 2 and len(heads) == 9
-    for row, (a, b) in zip(rows, ((x0[0], x0[1]), (x0[2], x0[3]))):
-        assert torch.equal(row[1][0], a) and torch.equal(row[1][-1], b)
-        for k in range(7):
-            assert torch.allclose(row[1][1 + k], torch.lerp(a, b, k / 6), atol=1e-9)
-
-
-def test_one_step_estimates_use_the_v_that_the_row_names(pages, tmp_path):
-    x0 = torch.rand(3, 1, 4, 4, dtype=torch.float64) * 2 - 1
-    mean = {t: torch.full((1, 16), 0.25, dtype=torch.float64) for t in recover.TIMES}
-    recover.timesteps(Oracle(), x0, flags(), tmp_path, mean)
-    rows = pages[0][0]
-    assert [name for name, _ in rows[:5]] == ["x_t", "right v", "another's v", "mean v", "zero v"]
-    want = {"right v": x0[1], "another's v": x0[0], "mean v": 0.25 + 0 * x0[1], "zero v": 0 * x0[1]}
-    for name, images in rows[5:10]:  # of the second image
-        if name in want:
-            assert torch.allclose(images, want[name].expand_as(images), atol=1e-9), name
-    assert not torch.allclose(rows[5][1][0], rows[5][1][10])  # x_t at t = 0 and 999
+    x0 = images(2)
+    got = recover.predict_eps(Other(), x0, 7, x0.flatten(1))
+    assert torch.equal(got, x0 + 7 + x0)
 
 
 def test_slerp_keeps_the_length_and_meets_both_ends():
     a, b = torch.randn(2, 5, 1, 8, 8, dtype=torch.float64)
-    assert torch.allclose(recover.slerp(a, b, 0.0), a) and torch.allclose(
-        recover.slerp(a, b, 1.0), b
-    )
+    assert torch.allclose(recover.slerp(a, b, 0.0), a)
+    assert torch.allclose(recover.slerp(a, b, 1.0), b)
+    assert torch.allclose(recover.slerp(a, a, 0.5), a)
     a, b = (x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for x in (a, b))
     middle = recover.slerp(a, b, 0.3).flatten(1)
     assert torch.allclose(middle.norm(dim=1), torch.ones(5, dtype=torch.float64))
     angle = (a.flatten(1) * b.flatten(1)).sum(1).acos()
     assert torch.allclose((middle * a.flatten(1)).sum(1).acos(), 0.3 * angle)
-    assert torch.equal(recover.slerp(a, a, 0.5), a)
 
 
 def test_score_against_numpy():
@@ -138,71 +108,185 @@ def test_score_against_numpy():
     assert psnr == pytest.approx(np.mean(10 * np.log10(1 / errors)), rel=1e-5)
 
 
-def test_a_page_holds_the_images_given(tmp_path):
-    images = torch.rand(3, 1, 32, 32) * 2 - 1
-    recover.page([("left", images, 2)], [("right", -images, 2)], tmp_path / "page.png")
-    page = np.asarray(Image.open(tmp_path / "page.png")).astype(int)
-    scale, side = recover.scale_of(32), 32 * recover.scale_of(32) + recover.GAP
-    for k in range(3):
-        x, y = 20 + k % 2 * side, 12 + recover.HEAD + k // 2 * side
-        got = page[y : y + 32 * scale : scale, x : x + 32 * scale : scale, 0]
-        want = recover.to_uint8(images[k : k + 1])[0, 0].numpy()
-        assert np.abs(got - want).max() <= 1 and FACTOR == 2
-
-
-def test_table_page_places_rows_and_columns(tmp_path):
-    rows = [("a", torch.linspace(-1, 1, 4).view(4, 1, 1, 1).expand(4, 1, 64, 64))]
-    recover.table_page(rows, ["0", "1", "2", "3"], tmp_path / "t.png")
-    page = np.asarray(Image.open(tmp_path / "t.png"))
-    middle = [page[recover.HEAD + 8 + 32, 150 + k * (64 + recover.GAP) + 32, 0] for k in range(4)]
-    assert middle == [0, 85, 170, 255]
+# ---------------------------------------------------------------------------- the modes
 
 
 @pytest.fixture
-def trained(folder):
-    train.main(["--data", folder, *TINY, "--epochs", "30", "--device", "cpu"])
-    return runs.RUNS / "set"
+def page(monkeypatch):
+    """What a mode would draw: {label: rows of images in [0, 255]} and the heads."""
+    drawn = {}
+
+    def image_grid(rows, heads, path, title=""):
+        assert all(x.dtype == np.uint8 and x.ndim == 4 for _, x in rows)
+        drawn.update(rows=[(label, x.astype(int)) for label, x in rows], heads=heads)
+
+    monkeypatch.setattr(recover, "image_grid", image_grid)
+    return drawn
 
 
-def test_the_command_leaves_its_pictures_and_prints_errors(trained, capsys):
-    recover.main(["--steps", "7", "--n", "4", "--curve"])
+def same(row, want):
+    """Do uint8 images show those in [-1, 1]? Rounded; and the code is of x at t = 0, not of x_0."""
+    return np.abs(row - (want.clamp(-1, 1).numpy() + 1) * 127.5).max() <= 0.51
+
+
+@pytest.fixture
+def walks(monkeypatch):
+    """Where each walk ended: {what it is: images}."""
+    ends, real = {}, recover.walk
+
+    def walk(function, model, v, x, what, **more):
+        ends[what] = real(function, model, v, x, what, **more)
+        return ends[what]
+
+    monkeypatch.setattr(recover, "walk", walk)
+    return ends
+
+
+def test_only_decoding_from_noise_clips(page, walks, tmp_path, capsys):
+    x0 = images(3, bound=2.0)
+    recover.recover(Oracle(), x0, 7, 0, tmp_path)
+    assert [label for label, _ in page["rows"]] == ["image", "from noise", "from code"]
+    assert all(same(row, x0) for _, row in page["rows"])
+    assert walks["from noise"].abs().max() <= 1 < x0.abs().max()
+    assert torch.allclose(walks["from code"], x0, atol=1e-9)
+    lines = capsys.readouterr().out.splitlines()
+    for name, line in zip(("noise", "code"), lines, strict=True):
+        mse, psnr = recover.score(walks[f"from {name}"], x0)
+        assert line == f"   7 steps from {name:5}  MSE {mse:.5f}  PSNR {psnr:5.2f} dB"
+
+
+def test_interpolation_goes_from_the_first_image_to_the_second(page, tmp_path):
+    x0 = images(5)  # the fifth has no partner
+    recover.interpolate(Oracle(), x0, 7, tmp_path)
+    assert len(page["rows"]) == 2
+    assert page["heads"] == ["image", *(f"{k / 6:.2f}" for k in range(7)), "image"]
+    for (_, row), (a, b) in zip(page["rows"], ((x0[0], x0[1]), (x0[2], x0[3]))):
+        shown = [a, *(torch.lerp(a, b, k / 6) for k in range(7)), b]
+        assert same(row, torch.stack(shown))  # the oracle's v is the image, so v's line is seen
+    recover.interpolate(Still(), x0, 7, tmp_path)
+    for (_, row), (a, b) in zip(page["rows"], ((x0[:1], x0[1:2]), (x0[2:3], x0[3:4]))):
+        shown = [a, *(recover.slerp(a, b, k / 6) for k in range(7)), b]
+        assert same(row, torch.cat(shown))
+
+
+def test_swap_puts_codes_in_rows_and_v_in_columns(page, tmp_path, capsys):
+    x0 = images(3)
+    recover.swap(Oracle(), x0, 7, tmp_path)
+    labels = [label for label, _ in page["rows"]]
+    assert labels == ["v of", "code of", "code of", "code of"]
+    assert same(page["rows"][0][1][1:], x0) and (page["rows"][0][1][0] == 255).all()
+    for i in range(3):  # the oracle's v is the image itself: column j shows image j in each row
+        row = page["rows"][i + 1][1]
+        assert same(row[0], x0[i]) and same(row[1:], x0)
     out = capsys.readouterr().out
-    assert {p.name for p in trained.glob("recover*.png")} == {
-        "recover.png", "recover-noise.png", "recover-code.png",
-    }  # fmt: skip
-    codes = [float(line.split()[-2]) for line in out.splitlines() if "from code" in line]
-    noises = [float(line.split()[-2]) for line in out.splitlines() if "from noise" in line]
-    assert len(codes) == len(noises) == 6
-    assert codes[4] > codes[0] and codes[4] > noises[4]  # 250 steps against 10; code against noise
+    recover.swap(Still(), x0, 7, tmp_path)
+    for i in range(3):
+        assert same(page["rows"][i + 1][1], x0[i : i + 1].expand(4, 1, 4, 4))
+    apart = recover.score(x0, x0.roll(1, 0))[0]
+    assert out == (
+        f"own v: MSE 0.00000; another's v: {apart:.5f} to the image of the code, 0.00000 to the "
+        "image of v\n"
+    )
+
+
+def test_one_step_estimates_use_the_v_that_the_row_names(page, tmp_path, capsys):
+    x0 = images(6)
+    mean = {t: torch.full((1, 16), 0.25, dtype=torch.float64) for t in recover.TIMES}
+    recover.timesteps(Oracle(), x0, mean, 0, tmp_path)
+    assert page["heads"] == [f"t = {t}" for t in recover.TIMES] and len(page["rows"]) == 4 * 5
+    kinds = ["x_t", "right v", "another's v", "mean v", "zero v"]
+    rows = page["rows"][5:10]  # of the second image
+    assert [name for name, _ in rows] == kinds
+    wants = [x0[1], x0[0], 0.25 + 0 * x0[1], 0 * x0[1]]
+    for (name, row), want in zip(rows[1:], wants):
+        assert same(row, want.expand(11, 1, 4, 4)), name
+    abar, eps = diffusion.alphas_cumprod(), recover.standard_noise(x0, 0)
+    noisy = [(a**0.5 * x0 + (1 - a) ** 0.5 * eps)[1] for a in abar[recover.TIMES]]
+    assert same(rows[0][1], torch.stack(noisy))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0].strip() for line in lines[1:]] == kinds[1:]
+    assert lines[1].split()[2:] == ["0.0000"] * 11
+
+
+def test_the_mean_v_is_that_of_all_images(monkeypatch):
+    monkeypatch.setattr(recover, "BLOCK", 4)
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 1, 4, 4), np.uint8)
+    mean = recover.mean_of_v(Oracle(), pixels, torch.device("cpu"))
+    want = (pixels.reshape(10, 16) / 127.5 - 1).mean(0)
+    assert list(mean) == recover.TIMES
+    assert all(np.allclose(v.numpy(), want, atol=1e-6) for v in mean.values())
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run, in the current directory while these tests last."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("recover"))
+        write_folder(Path("set"))
+        train.main(["--data", "set", *TINY, "--epochs", "30"])
+        yield train.RUNS / "set"
+
+
+def test_the_command_prints_errors_and_says_where_its_picture_is(trained, capsys):
+    printed = {}
+    for steps in ("7", "100"):
+        recover.main(["--steps", steps, "--n", "4"])
+        out = capsys.readouterr().out
+        psnr = [float(line.split()[-2]) for line in out.splitlines() if "PSNR" in line]
+        printed[steps] = dict(zip(("noise", "code"), psnr, strict=True))
+        assert "4 test images" in out and f"saved: {trained}/recover.png" in out
+    assert printed["100"]["code"] > max(printed["7"]["code"], printed["100"]["noise"])
+    first = (trained / "recover.png").read_bytes()
+    recover.main(["--steps", "100", "--n", "4", "--seed", "0"])
+    assert (trained / "recover.png").read_bytes() == first
+    recover.main(["--steps", "100", "--n", "4", "--seed", "1"])
+    assert (trained / "recover.png").read_bytes() != first
 
 
 @pytest.mark.parametrize("mode", ["interpolate", "swap", "timesteps"])
 def test_modes_draw_and_say_where(trained, mode, capsys):
-    recover.main(["--mode", mode, "--n", "4"] + ["--steps", "5"] * (mode != "timesteps"))
+    recover.main(["--mode", mode, "--n", "4", *(["--steps", "5"] if mode != "timesteps" else [])])
     assert (trained / f"recover-{mode}.png").exists()
-    assert f"recover-{mode}.png" in capsys.readouterr().out
+    assert f"saved: {trained}/recover-{mode}.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "flags, words",
     [
-        ["--steps", "1001"],
-        ["--n", "1", "--mode", "swap"],
-        ["--mode", "timesteps", "--steps", "5"],
-        ["--mode", "swap", "--eta", "1"],
-        ["--mode", "interpolate", "--curve"],
+        (["--steps", "1001"], "1001 is not a whole number from 1 to 1000"),
+        (["--n", "0"], "0 is not a whole number above 0"),
+        (["--n", "1", "--mode", "swap"], "--mode swap needs two test images or more: give --n 2"),
+        (["--mode", "timesteps", "--steps", "5"], "walks no chain: leave --steps out"),
+        (["--mode", "nonsense"], "invalid choice: 'nonsense'"),
+        (["--name", "baselines/none"], "no checkpoint in runs/baselines/none"),
     ],
 )
-def test_bad_input_is_one_line(flags, trained, capsys):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        recover.main(flags)
-    assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+def test_bad_input_is_one_line(trained, flags, words, capsys):
+    for path in trained.glob("recover*"):
+        path.unlink()
+    assert words in fails(capsys, recover.main, flags)
+    assert not list(trained.glob("recover*"))
 
 
-def test_the_same_seed_draws_the_same_pixels(trained):
-    pages = []
-    for _ in range(2):
-        recover.main(["--steps", "3", "--n", "4", "--eta", "1", "--seed", "3"])
-        pages.append((trained / "recover.png").read_bytes())
-    assert pages[0] == pages[1] and math.isfinite(len(pages[0]))
+@pytest.mark.parametrize("method", ["mae", "supervised", "dier-unet"])
+def test_runs_of_other_methods(trained, method, capsys):
+    """A run of a method that predicts the noise is drawn; another gets one line."""
+    saved = torch.load(trained / "checkpoint.pt", weights_only=True)
+    saved["settings"] |= {"method": method, "size": 16}
+    folder = train.RUNS / "baselines" / method
+    folder.mkdir(parents=True)
+    if method == "dier-unet":
+        torch.manual_seed(0)
+        net = recover.METHODS[method][0](saved["settings"])
+        saved["ema"] = net.state_dict()
+    torch.save(saved, folder / "checkpoint.pt")
+    command = ["--name", f"baselines/{method}", "--n", "2", "--steps", "2"]
+    if method == "dier-unet":
+        recover.main(command)
+        assert (folder / "recover.png").exists()
+    else:
+        error = fails(capsys, recover.main, command)
+        assert f"a run of {method} makes no images: nothing can be recovered" in error

@@ -7,7 +7,10 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY
+from PIL import Image
+
+import train
 
 TOP = ["data", "diffusion", "model", "train", "probe"]
 MAY_IMPORT = {  # of our own modules; those of the appendix may import all of them
@@ -175,3 +178,14 @@ def test_each_equation_of_the_readme_has_a_function_and_a_test():
         names = {name for name, _ in functions(tree)}
         names |= {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
         assert function in names, f"{source}:{function}"
+
+
+@needs_readme
+def test_the_lines_of_the_readme_that_load_a_run_give_v(folder):
+    """The Python block, run as it stands, on a run of that name and a picture of that name."""
+    (block,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    train.main([*TINY, "--data", folder, "--epochs", "1", "--name", "mnist"])
+    Image.new("L", (30, 20), 200).save("digit.png")
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["v"].shape == (1, 1024) and names["v"].std() > 0
