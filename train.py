@@ -657,6 +657,8 @@ def guard(main: Callable[[], None]) -> None:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
             os.environ["LOCAL_RANK"] = "0"  # whichever process it is, it says so
             fail(f"out of memory ({text}): try --accum 2 or more, or a smaller --batch-size")
+        if "C++ compiler" in text:
+            fail("--compile needs a C++ compiler here: install g++, or leave --compile out")
         if dist.is_initialized() and ("gloo" in text or "NCCL" in text):
             fail(f"another process ended ({text}); the last checkpoint stays")
         raise

@@ -395,12 +395,29 @@ def test_a_closed_pipe_and_an_ascii_terminal_end_quietly(folder, tmp_path):
     assert child.stderr.read() == "" and child.wait() == 141
 
 
-def test_out_of_memory_names_the_flags(capsys):
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), "20.00 GiB"),
+        (MemoryError(), "--accum 2 or more, or a smaller --batch-size"),
+        (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "install g++"),
+        (OSError(28, "No space left on device"), "cannot write: No space left on device"),
+        (PermissionError(13, "Permission denied", "runs/x"), "runs/x: Permission denied"),
+    ],
+)
+def test_what_goes_wrong_outside_the_program_is_one_line(error, words, capsys):
     def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        raise error
 
-    error = fails(capsys, train.guard, main)
-    assert "--accum" in error and "--batch-size" in error and "20.00 GiB" in error
+    assert words in fails(capsys, train.guard, main)
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    def main():
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        train.guard(main)
 
 
 # ---------------------------------------------------------------------------- the command line
