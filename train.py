@@ -25,6 +25,7 @@ Shapes: B batch, C channels, H W pixels.
 
 import argparse
 import copy
+import ctypes
 import errno
 import json
 import math
@@ -639,8 +640,19 @@ def restarted(folder: Path) -> bool:
     return answer[0]
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks of up to 32 MiB for the next step. It would give them back to the
+    system, which clears them anew: a tenth of a step's time. Other C libraries are left alone."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        m_trim_threshold, m_mmap_threshold = -1, -3  # as in malloc.h
+        mallopt(m_trim_threshold, 2**30)
+        mallopt(m_mmap_threshold, 2**25)
+
+
 def guard(main: Callable[[], None]) -> None:
     """Run a command's main: what can go wrong outside the program becomes one line, status 2."""
+    keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
     on_signal()

@@ -161,7 +161,7 @@ class PlainBlock(nn.Module):
         q, k, v = torch.chunk(self.qkv(h), 3, dim=2)
         x = x + gate1 * self.proj(softmax_attention(q, k, v, self.heads))
         h = self.fc1(plain_layer_norm(x) * (1 + scale2) + shift2)
-        h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))  # GELU
+        h = 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))  # GELU
         return x + gate2 * self.fc2(h)
 
 
