@@ -12,8 +12,9 @@ stands here as `oracle`. Floors stand beside the result: raw pixels, and encoder
 
 probe.json holds the standard sweep: rows [{t, top1, top5, held_out, knn}] (top5 null for 10 classes
 or fewer), chosen_t, test_top1, oracle_t, oracle_top1, floors {pixels, untrained, random}, n_train,
-n_test, protocol, name. Accuracies are in percent. Any flag of the protocol unlike its default puts
-its name and value into the file's: probe-t-400.json.
+n_test, protocol, and where they come from: name, seed, epochs, command, commit, versions, machine,
+seconds, and the same of the training. Accuracies are in percent. Any flag of the protocol unlike
+its default puts its name and value into the file's: probe-t-400.json.
 
 Shapes: N training and M test images, B batch, V = 1024, K classes, H heads.
 """
@@ -22,6 +23,8 @@ import argparse
 import json
 import math
 import re
+import sys
+import time
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -44,6 +47,7 @@ from train import (
     find_run,
     guard,
     load_model,
+    origin,
     pick_amp,
     pick_device,
     positive,
@@ -404,7 +408,11 @@ def main(argv: list[str] | None = None) -> None:
     protocol |= {"classes": classes, "step": saved["step"]}
     floors = {kind: untrained_encoder(settings, kind == "random") for kind in FLOORS}
 
-    result = {"name": str(folder.relative_to(RUNS))}
+    seen = saved["step"] * settings["batch_size"] / settings["images"]
+    result = {"name": str(folder.relative_to(RUNS)), "seed": settings["seed"], "epochs": seen}
+    result |= {"training": {**(settings.get("origin") or {}), "seconds": saved["seconds"]}}
+    result |= origin(["probe.py", *(sys.argv[1:] if argv is None else argv)])
+    start = time.monotonic()
 
     def run(to: Path | None = None) -> None:
         result.update(probe(model.encoder, floors, times, splits, device, protocol, to))
@@ -413,6 +421,7 @@ def main(argv: list[str] | None = None) -> None:
         replace_file(export, run)
     else:
         run()
+    result["seconds"] = time.monotonic() - start
     print_summary(result)
     path = result_path(folder, typed, standard)
     replace_file(path, lambda to: to.write_text(json.dumps(result, indent=1) + "\n"))

@@ -30,7 +30,10 @@ import errno
 import json
 import math
 import os
+import platform
+import shlex
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -237,7 +240,7 @@ def describe(settings: dict[str, Any], counts: dict[str, int], folder: Path, aut
         f"{why}preset {settings['preset']}, {total:.1f}M parameters, of which the encoder has "
         f"{encoder:.2f}M{more}"
     )
-    shown = {k: v for k, v in settings.items() if k not in ("class_names", "launch")}
+    shown = {k: v for k, v in settings.items() if k not in ("class_names", "launch", "origin")}
     pairs = (f"{key}={str(value).replace(' ', '')}" for key, value in shown.items())
     print(textwrap.fill(f"{folder}: {' '.join(pairs)}", 100, subsequent_indent="  "))
     values = settings["patch"] ** 2 * settings["channels"]  # of a patch's noise
@@ -321,6 +324,41 @@ def restore(part: Any, state: dict[str, Any]) -> None:
 def build_dier(settings: dict[str, Any]) -> DiER:
     """DiER in the sizes of the settings."""
     return DiER(model_config(settings))
+
+
+def origin(command: list[str]) -> dict[str, Any]:
+    """Where a result comes from: the command, the commit of this code ("" outside git; "-dirty"
+    with changes), versions, and the machine in words, with the GFLOP/s of a matrix product."""
+    ask = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        here = Path(__file__).parent
+        answer = subprocess.run(ask, cwd=here, capture_output=True, text=True, timeout=10)
+        commit = answer.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    versions |= {"numpy": np.__version__, "pillow": Image.__version__}
+    device, side = pick_device("auto"), 1024
+    words = f"{torch.get_num_threads()} CPU threads"
+    flags = torch.cpu.get_capabilities()
+    known = [name for name in ("avx2", "avx512_bf16", "amx_bf16") if flags.get(name)]
+    words += f" ({', '.join(known) or platform.machine()})"
+    if device.type == "cuda":
+        side, words = 8192, f"{torch.cuda.get_device_name(device)}, {words}"
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        words += f", {name} {2e-9 * side**3 / product_seconds(side, dtype, device):,.0f} GFLOP/s"
+    shown = shlex.join(["python", *command])
+    return {"command": shown, "commit": commit, "versions": versions, "machine": words}
+
+
+def product_seconds(side: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds of a product of two square matrices, the best of up to six."""
+    a, times = torch.ones(side, side, dtype=dtype, device=device), []
+    while len(times) < 6 and sum(times) < 0.5:  # emulated bf16 can take seconds
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 # ---------------------------------------------------------------------------- pieces of the step
@@ -706,10 +744,12 @@ def main(argv: list[str] | None = None) -> None:
     if dry_run:
         print(json.dumps({**settings, "parameters": counts}))
     else:
-        run(settings, folder, saved)
+        run(settings, folder, saved, ["train.py", *(sys.argv[1:] if argv is None else argv)])
 
 
-def run(settings: dict[str, Any], folder: Path, saved: dict[str, Any] | None) -> None:
+def run(
+    settings: dict[str, Any], folder: Path, saved: dict[str, Any] | None, command: list[str]
+) -> None:
     """Load the data, train, say what comes next. Exits where a resumed run's data is another."""
     _, size, local = ranks()
     if local:  # the first process of each machine downloads and decodes, the others wait
@@ -728,8 +768,9 @@ def run(settings: dict[str, Any], folder: Path, saved: dict[str, Any] | None) ->
         )
     if saved and saved["step"] * settings["batch_size"] >= settings["epochs"] * len(split.images):
         fail(f"{folder} has done its {settings['epochs']:g} epochs: give more with --epochs")
-    settings = {**settings, **found, "launch": this_launch()}
+    settings = {"origin": None, **settings, **found, "launch": this_launch()}
     if ranks()[0] == 0:
+        settings["origin"] = settings["origin"] or origin(command)
         text = json.dumps(settings, indent=1) + "\n"
         replace_file(folder / "config.json", lambda path: path.write_text(text))
     torch.manual_seed(settings["seed"])

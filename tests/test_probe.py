@@ -278,8 +278,14 @@ def run(*args):
 
 
 def results(folder):
-    """The results of the probe in a run's folder: {name: text}."""
-    return {path.name: path.read_text() for path in folder.glob("probe*.json")}
+    """The results of the probe in a run's folder, without what differs from call to call:
+    {name: text}."""
+    found = {path.name: json.loads(path.read_text()) for path in folder.glob("probe*.json")}
+    changing = ("command", "machine", "seconds")
+    return {
+        name: json.dumps({key: value for key, value in result.items() if key not in changing})
+        for name, result in found.items()
+    }
 
 
 def test_probe_json_has_what_the_docstring_says(trained, capsys):
@@ -287,7 +293,17 @@ def test_probe_json_has_what_the_docstring_says(trained, capsys):
     out = capsys.readouterr().out
     result = json.loads((trained / "probe.json").read_text())
     keys = {"rows", "chosen_t", "test_top1", "oracle_t", "oracle_top1", "floors", "protocol"}
-    assert set(result) == keys | {"n_train", "n_test", "name"}
+    sources = {"command", "commit", "versions", "machine", "seconds"}
+    assert set(result) == keys | sources | {
+        "n_train",
+        "n_test",
+        "name",
+        "seed",
+        "epochs",
+        "training",
+    }
+    assert set(result["training"]) == sources
+    assert (result["seed"], result["epochs"]) == (0, 3 * 64 / 40)
     assert set(result["rows"][0]) == {"t", "top1", "top5", "held_out", "knn"}
     assert set(result["floors"]) == {"pixels", "untrained", "random"}
     assert all(key in probe.__doc__ for part in (result, result["rows"][0]) for key in part)
