@@ -2,18 +2,19 @@
 
     python -m appendix.bench                            the cpu preset on mnist's shapes
     python -m appendix.bench --preset paper --data cifar10 --batch-size 8
-    python -m appendix.bench --amp off --json bench.json
+    python -m appendix.bench --amp off --json bench.json      the program in fp32 alone
 
 Pixels are random, so no data set is needed. The program is train.py's loop as it is used: data,
-step, rows of the log, checkpoints; its own log gives the times. The plain reference is
-tests/reference.py in fp32. Both run in processes of their own and take turns, so that a noisy
-machine disturbs both alike. Memory is what a process peaked at minus what it had after its imports
-(on CUDA the allocator's peak). A speed is the median of its samples, with the quartiles as spread,
-and a share of the best matrix product of the same dtype (MFU), measured in the same run.
+step, rows of the log, checkpoints; its own log gives the times. It runs in fp32 and in the half
+precision of --amp auto, beside the plain reference, tests/reference.py in fp32. Each is a process
+of its own and they take turns, so that a noisy machine disturbs all alike. Memory is what a process
+peaked at minus what it had after its imports (on CUDA the allocator's peak). A speed is the median
+of its samples, with the quartiles as spread, and a share of the fastest matrix product or 3 x 3
+convolution of the same dtype (MFU), measured in the same run.
 
---json FILE holds preset, data, size, batch_size, device, amp, threads, torch, parameters,
-flops_per_image; program and reference, each {images_per_s, quartile_1, quartile_3, samples,
-peak_bytes, mfu}; ratio_images_per_s and ratio_peak_memory (program / reference); peak_flops.
+--json FILE holds preset, data, size, batch_size, device, threads, torch, parameters,
+flops_per_image, peak_flops; sides {reference, fp32, bf16}, each {images_per_s, quartile_1,
+quartile_3, samples, peak_bytes, mfu, ratio_images_per_s, ratio_peak_memory (to the reference)}.
 
 Shapes: B batch, C channels, S pixels of a side.
 """
@@ -26,6 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -34,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import train
 from appendix.baselines import flops_per_image
@@ -149,15 +152,29 @@ def ask(pipe: Connection, process: BaseProcess, n: int) -> Any:
     fail("a measuring process ended early (out of memory?): try a smaller --batch-size")
 
 
+def sides_of(settings: dict[str, Any]) -> dict[str, tuple[type, dict[str, Any]]]:
+    """What is measured: {name: (side, its settings)}; the program's name is its precision. Where
+    no --amp was typed it runs in fp32 and in what train.py would take."""
+    amps = {settings["amp"]}
+    if settings["amp"] == "auto":
+        amps = {"off", train.pick_amp("auto", torch.device(settings["device"]))}
+    sides = {"reference": (Reference, settings)}
+    for amp in sorted(amps, reverse=True):  # "off" first
+        sides["fp32" if amp == "off" else amp] = (Program, {**settings, "amp": amp})
+    return sides
+
+
 def take_turns(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Measure both sides -> {side: {"times": seconds a step, "peak": bytes}}."""
+    """Measure all sides -> {name: {"times": seconds a step, "peak": bytes}}."""
     context, workers, counts = multiprocessing.get_context("spawn"), {}, {}
     result: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for name, side in (("program", Program), ("reference", Reference)):
+            for name, (side, own) in sides_of(settings).items():
                 pipe, far = context.Pipe()
-                job = partial(work, far, side, settings, Path(folder), torch.get_num_threads())
+                place = Path(folder) / name
+                place.mkdir()
+                job = partial(work, far, side, own, place, torch.get_num_threads())
                 process = context.Process(target=train.guard, args=(job,))
                 process.start()
                 far.close()
@@ -178,22 +195,39 @@ def take_turns(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return result
 
 
-def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating point operations a second of the largest square product that takes under 50 ms."""
+def peak_flops(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating point operations a second of the fastest of square matrix products and of 3 x 3
+    convolutions of 128 channels, each grown until it takes 50 ms. Convolutions count as products,
+    so that Winograd's, in fp32, can beat them."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as in train.py
-    best, side, spent = 0.0, 128, 0.0
-    while spent < 0.05 and side <= 8192:
-        a = torch.randn(side, side, device=device).to(dtype)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            (a @ a)[0, 0].item()  # waits for the device
-            times.append(time.perf_counter() - start)
-            if times[-1] > 1:  # emulated
-                break
-        spent = min(times)
-        best, side = max(best, 2 * side**3 / spent), 2 * side
+
+    def product(size: int) -> tuple[Callable[[], Tensor], float]:
+        a = torch.randn(size, size, device=device).to(dtype)
+        return lambda: a @ a, 2.0 * size**3
+
+    def convolution(size: int) -> tuple[Callable[[], Tensor], float]:
+        channels, pixels = 128, 32 * 32
+        x = torch.randn(size // 16, channels, 32, 32, device=device).to(dtype)
+        x = x.to(memory_format=torch.channels_last)
+        conv = torch.nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype)
+        conv = conv.requires_grad_(False).to(memory_format=torch.channels_last)
+        return lambda: conv(x), 2.0 * len(x) * pixels * 9 * channels**2
+
+    best = 0.0
+    for kind in (product, convolution):
+        spent, size = 0.0, 128
+        while spent < 0.05 and size <= 8192:
+            call, flops = kind(size)
+            times = []
+            for _ in range(4):
+                start = time.perf_counter()
+                call().flatten()[0].item()  # waits for the device
+                times.append(time.perf_counter() - start)
+                if times[-1] > 1:  # emulated
+                    break
+            spent = min(times)
+            best, size = max(best, flops / spent), 2 * size
     return best
 
 
@@ -208,7 +242,7 @@ def speed(times: list[float], batch: int) -> dict[str, float]:
 
 def compare(settings: dict[str, Any]) -> dict[str, Any]:
     """Everything about one preset: the program beside the plain reference."""
-    keys = ("preset", "data", "size", "batch_size", "device", "amp")
+    keys = ("preset", "data", "size", "batch_size", "device")
     result = {key: settings[key] for key in keys}
     result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     with torch.device("meta"):
@@ -217,19 +251,22 @@ def compare(settings: dict[str, Any]) -> dict[str, Any]:
     flops = flops_per_image("dier", settings)
     result |= {"parameters": counts, "flops_per_image": flops}
     sides, device = take_turns(settings), torch.device(settings["device"])
-    peaks = {name: matrix_peak(dtype, device) for name, dtype in PRECISIONS.items()}
-    for side, precision in precisions(settings["amp"]).items():
-        row = speed(sides[side]["times"], settings["batch_size"])
-        share = flops * row["images_per_s"] / peaks[precision]
-        result[side] = {**row, "peak_bytes": sides[side]["peak"], "mfu": share}
-    for ratio, key in (("images_per_s", "images_per_s"), ("peak_memory", "peak_bytes")):
-        result[f"ratio_{ratio}"] = result["program"][key] / result["reference"][key]
-    return {**result, "peak_flops": peaks}
+    rows = {}
+    for name, side in sides.items():
+        row = speed(side["times"], settings["batch_size"])
+        rows[name] = {**row, "peak_bytes": side["peak"]}
+    reference = rows["reference"]
+    peaks = {name: peak_flops(PRECISIONS[name], device) for name in {"fp32", *rows} & {*PRECISIONS}}
+    for name, row in rows.items():
+        row["mfu"] = flops * row["images_per_s"] / peaks[precision(name)]
+        row["ratio_images_per_s"] = row["images_per_s"] / reference["images_per_s"]
+        row["ratio_peak_memory"] = row["peak_bytes"] / reference["peak_bytes"]
+    return {**result, "sides": rows, "peak_flops": peaks}
 
 
-def precisions(amp: str) -> dict[str, str]:
-    """What each side multiplies in."""
-    return {"program": "fp32" if amp == "off" else amp, "reference": "fp32"}
+def precision(name: str) -> str:
+    """What a side multiplies in."""
+    return "fp32" if name == "reference" else name
 
 
 def print_report(r: dict[str, Any]) -> None:
@@ -241,20 +278,16 @@ def print_report(r: dict[str, Any]) -> None:
         f"parameters      {dit + encoder:,} (encoder {encoder:,}, DiT {dit:,})\n"
         f"FLOPs an image  {r['flops_per_image'] / 1e6:,.1f} M, forward and backward"
     )
-    for side, precision in precisions(r["amp"]).items():
-        row = r[side]
+    for name, row in r["sides"].items():
         print(
-            f"{side:15} {row['images_per_s']:,.1f} images/s in {precision} (quartiles "
-            f"{row['quartile_1']:,.1f} to {row['quartile_3']:,.1f}, {row['samples']} samples), "
-            f"{row['mfu']:.0%} of the best product; peak memory {row['peak_bytes'] / 2**20:,.0f} "
-            "MiB"
+            f"{'plain' if name == 'reference' else 'program'}, {precision(name)}".ljust(16)
+            + f"{row['images_per_s']:,.1f} images/s (quartiles {row['quartile_1']:,.1f} to "
+            f"{row['quartile_3']:,.1f}, {row['samples']} samples), {row['mfu']:.0%} of the peak; "
+            f"{row['peak_bytes'] / 2**20:,.0f} MiB; {row['ratio_images_per_s']:.2f} x the plain "
+            f"images/s at {row['ratio_peak_memory']:.2f} x its memory"
         )
     peaks = ", ".join(f"{name} {peak / 1e9:,.1f}" for name, peak in r["peak_flops"].items())
-    print(
-        f"ratio           {r['ratio_images_per_s']:.2f} x the images/s at "
-        f"{r['ratio_peak_memory']:.2f} x the peak memory of the plain reference\n"
-        f"best product    {peaks} GFLOP/s"
-    )
+    print(f"peak            {peaks} GFLOP/s, the best product or convolution")
 
 
 # ---------------------------------------------------------------------------- command line
@@ -267,8 +300,8 @@ def build_parser() -> train.Parser:
     preset = "paper: Table 4; cpu: minutes on two cores (auto: paper with CUDA, else cpu)"
     p.add_argument("--preset", choices=["auto", *PRESETS], help=preset)
     p.add_argument("--batch-size", type=train.whole, help="images a step (the preset's)")
-    amp = "precision of the program; the reference is fp32 (auto)"
-    p.add_argument("--amp", choices=["auto", *train.AMP], help=amp)
+    amp = "precision of the program (fp32, and bf16 or fp16 where the hardware has it)"
+    p.add_argument("--amp", choices=[*train.AMP], help=amp)
     p.add_argument("--device", help="auto, cpu, cuda (auto)")
     p.add_argument("--compile", action="store_true", help="torch.compile the program (off)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
@@ -279,7 +312,8 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print, write."""
     typed = vars(build_parser().parse_args(argv))
     path = typed.pop("json", None)
-    result = compare(train.resolve({"data": "mnist", **typed}))
+    amp = typed.pop("amp", "auto")
+    result = compare({**train.resolve({"data": "mnist", **typed}), "amp": amp})
     print_report(result)
     if path:
         text = json.dumps(result, indent=1) + "\n"

@@ -77,28 +77,38 @@ def test_memory_has_a_peak_above_the_present():
     assert bench.memory("VmHWM") >= bench.memory("VmRSS") > 2**20
 
 
-def test_the_best_product_is_looked_for_until_products_take_long():
-    assert bench.matrix_peak(torch.float32, CPU) > 1e8
+def test_the_peak_is_the_faster_of_products_and_convolutions(monkeypatch):
+    assert bench.peak_flops(torch.float32, CPU) > 1e8
+    ticks = iter(range(10**6))  # each call takes 2 s of this clock, so one of each kind is made
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: 2 * next(ticks))
+    convolution = 2 * 8 * 32 * 32 * 9 * 128**2  # more than a product of 128 x 128
+    assert bench.peak_flops(torch.float32, CPU) == convolution / 2
+
+
+def test_both_precisions_are_measured_unless_one_is_typed(monkeypatch):
+    monkeypatch.setattr(train, "pick_amp", lambda name, device: "bf16")
+    names = {amp: list(bench.sides_of({**settings_of(), "amp": amp})) for amp in ("auto", "off")}
+    assert names == {"auto": ["reference", "fp32", "bf16"], "off": ["reference", "fp32"]}
 
 
 @pytest.mark.slow
 def test_the_report_compares_two_processes(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(bench, "SECONDS", 0.05)
     monkeypatch.setattr(bench, "TURNS", 2)
-    monkeypatch.setattr(bench, "matrix_peak", lambda dtype, device: dtype.itemsize * 1e11)
+    monkeypatch.setattr(bench, "peak_flops", lambda dtype, device: dtype.itemsize * 1e11)
     path = tmp_path / "made/bench.json"
     flags = ["--batch-size", "2", "--device", "cpu", "--amp", "bf16", "--json", str(path)]
     bench.main([*flags, "--data", "glyphs"])
     r, out = json.loads(path.read_text()), capfd.readouterr().out
-    program, reference = r["program"], r["reference"]
+    program, reference = r["sides"]["bf16"], r["sides"]["reference"]
     for name, key in (("images_per_s", "images_per_s"), ("peak_memory", "peak_bytes")):
-        assert r[f"ratio_{name}"] == program[key] / reference[key]
+        assert program[f"ratio_{name}"] == program[key] / reference[key]
     assert all(side["peak_bytes"] > 2**20 for side in (program, reference))
     for side, peak in ((program, 2e11), (reference, 4e11)):  # the reference is fp32
         assert side["mfu"] == pytest.approx(r["flops_per_image"] * side["images_per_s"] / peak)
         assert 2 <= side["samples"] <= 2 * 17
-    assert r["preset"] == "cpu" and r["batch_size"] == 2 and r["amp"] == "bf16"
-    for words in ("images/s in bf16", "images/s in fp32", "of the best product", "ratio", "saved:"):
+    assert r["preset"] == "cpu" and r["batch_size"] == 2
+    for words in ("program, bf16", "plain, fp32", "of the peak", "x the plain", "saved:"):
         assert words in out
     assert "step 1 of" not in out  # the loop's own progress is not shown
 
