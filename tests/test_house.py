@@ -3,6 +3,7 @@ that names and commands in README.md exist."""
 
 import ast
 import importlib
+import json
 import re
 import sys
 
@@ -189,3 +190,35 @@ def test_the_lines_of_the_readme_that_load_a_run_give_v(folder):
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
     assert names["v"].shape == (1, 1024) and names["v"].std() > 0
+
+
+def record(name):
+    """A file of results/."""
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+@needs_readme
+def test_accuracies_of_the_readme_are_those_of_the_records():
+    text = README.read_text()
+    cell = r"\| `python train\.py(?: --data (\w+))?` \| [^|]* \| ([\d.]+) \(t = (\d+)\) "
+    ladder = re.findall(cell + r"\| ([\d.]+), ([\d.]+), ([\d.]+) \| ([\d.]*) ?\|", text)
+    assert [row[0] for row in ladder] == ["", "mnist", "cifar10"]
+    paper = record("paper")["table1"]["DiER"]
+    for name, top1, t, *floors, published in ladder:
+        found = record(name or "glyphs")
+        assert (top1, t) == (f"{found['test_top1']:.2f}", str(found["chosen_t"])), name
+        assert floors == [f"{x:.2f}" for x in found["floors"].values()], name
+        assert published == (str(paper[name]) if name else ""), name
+    curve = re.search(r"^\| t \|(.*)\|\n\|[- |]+\|\n((?:\|.*\n){3})", text, re.MULTILINE)
+    times = [int(t) for t in curve[1].split("|")]
+    for line in curve[2].splitlines():
+        name, *shown = line.strip("| ").replace("|", " ").split()
+        rows = {row["t"]: f"{row['top1']:.2f}" for row in record(name)["rows"]}
+        assert shown == [rows[t] for t in times], name
+    said = (
+        r"MAE had ([\d.]+) on MNIST after three\s+minutes, DiER ([\d.]+), a random encoder ([\d.]+)"
+    )
+    rows = {
+        row["method"]: f"{row['top1']:.1f}" for row in record("table1-mnist")["rows"] if row["top1"]
+    }
+    assert re.search(said, text).groups() == (rows["mae"], rows["dier"], rows["random"])
