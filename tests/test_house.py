@@ -217,7 +217,7 @@ def test_accuracies_of_the_readme_are_those_of_the_records():
         assert shown == [rows[t] for t in times], name
     said = (
         r"MAE\s+had\s+([\d.]+) on MNIST after three\s+minutes, DiER ([\d.]+), a random encoder "
-        r"([\d.]+)"
+        r"(\d+\.\d+)"
     )
     rows = {
         row["method"]: f"{row['top1']:.1f}" for row in record("table1-mnist")["rows"] if row["top1"]
