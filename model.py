@@ -102,7 +102,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation with min(32, C / 4) groups, at least one.
+    """Group normalisation with min(32, C / 4) groups, at least one; PyTorch sums in fp32.
 
     A group of one channel would subtract that channel's mean, hence four channels or more each.
     """
@@ -252,7 +252,8 @@ def unpatchify(x: Tensor, p: int, channels: int) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift, the same for all tokens: (B, N, D), (B, D), (B, D) -> (B, N, D)."""
+    """x (1 + scale) + shift, the same for all tokens: (B, N, D), (B, D), (B, D) -> (B, N, D), in
+    the precision of shift, which the next product takes."""
     return torch.addcmul(shift[:, None], x.to(shift.dtype), 1 + scale[:, None])
 
 

@@ -203,30 +203,24 @@ def peak_flops(dtype: torch.dtype, device: torch.device) -> float:
         torch.set_float32_matmul_precision("high")  # TF32, as in train.py
 
     def product(size: int) -> tuple[Callable[[], Tensor], float]:
+        """(the call, its operations) of a product of size x size matrices."""
         a = torch.randn(size, size, device=device).to(dtype)
         return lambda: a @ a, 2.0 * size**3
 
     def convolution(size: int) -> tuple[Callable[[], Tensor], float]:
-        channels, pixels = 128, 32 * 32
-        x = torch.randn(size // 16, channels, 32, 32, device=device).to(dtype)
+        """The same of a convolution over size / 16 images (128, 32, 32)."""
+        conv = torch.nn.Conv2d(128, 128, 3, padding=1, bias=False, device=device, dtype=dtype)
+        conv.requires_grad_(False).to(memory_format=torch.channels_last)
+        x = torch.randn(size // 16, 128, 32, 32, device=device).to(dtype)
         x = x.to(memory_format=torch.channels_last)
-        conv = torch.nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype)
-        conv = conv.requires_grad_(False).to(memory_format=torch.channels_last)
-        return lambda: conv(x), 2.0 * len(x) * pixels * 9 * channels**2
+        return lambda: conv(x), 2.0 * x.numel() * 9 * 128
 
     best = 0.0
     for kind in (product, convolution):
         spent, size = 0.0, 128
         while spent < 0.05 and size <= 8192:
             call, flops = kind(size)
-            times = []
-            for _ in range(4):
-                start = time.perf_counter()
-                call().flatten()[0].item()  # waits for the device
-                times.append(time.perf_counter() - start)
-                if times[-1] > 1:  # emulated
-                    break
-            spent = min(times)
+            spent = train.best_seconds(call)
             best, size = max(best, flops / spent), 2 * size
     return best
 
@@ -256,7 +250,8 @@ def compare(settings: dict[str, Any]) -> dict[str, Any]:
         row = speed(side["times"], settings["batch_size"])
         rows[name] = {**row, "peak_bytes": side["peak"]}
     reference = rows["reference"]
-    peaks = {name: peak_flops(PRECISIONS[name], device) for name in {"fp32", *rows} & {*PRECISIONS}}
+    used = [name for name in PRECISIONS if name == "fp32" or name in rows]
+    peaks = {name: peak_flops(PRECISIONS[name], device) for name in used}
     for name, row in rows.items():
         row["mfu"] = flops * row["images_per_s"] / peaks[precision(name)]
         row["ratio_images_per_s"] = row["images_per_s"] / reference["images_per_s"]

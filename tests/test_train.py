@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -545,3 +546,40 @@ def test_the_probe_needs_nothing_that_training_did_not_check(folder, tmp_path, c
     (tmp_path / "set/test/class1").rename(tmp_path / "set/test/Class1")
     assert "Class1" in fails(capsys, run, "--data", folder, "--epochs", "1")
     assert not train.RUNS.exists()
+
+
+def test_a_run_keeps_where_it_began(folder, monkeypatch):
+    """Command, commit, versions and machine are those of the first call, in words a shell takes."""
+    run("--data", folder, "--epochs", "1", "--name", "a b")
+    first = train.read_config(train.RUNS / "a b")["origin"]
+    assert first["command"].startswith("python train.py --size 8") and "'a b'" in first["command"]
+    head = ["git", "rev-parse", "HEAD"]
+    head = subprocess.run(head, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = first["commit"].removesuffix("-dirty")
+    assert head.startswith(commit) and bool(commit) == bool(head)
+    assert first["versions"]["torch"] == str(torch.__version__)
+    assert re.search(r"threads \(.+\), fp32 [\d,]+ GFLOP/s, bf16 [\d,]+ GFLOP/s$", first["machine"])
+    monkeypatch.setenv("PATH", "")  # no git
+    assert train.origin(["x.py"])["commit"] == ""
+    resume("a b", "--epochs", "2")
+    assert checkpoint("a b")["settings"]["origin"] == first
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+def test_glibc_is_told_to_keep_freed_memory(monkeypatch):
+    """Both of malloc.h's options are taken (1; 0 would be a refusal), and no other system is told
+    anything. What they save depends on where the heap happens to lie, so no test counts pages."""
+    told = []
+
+    class Libc:
+        def mallopt(self, option, value):
+            told.append((option, value, real.mallopt(option, value)))
+
+    real = train.ctypes.CDLL(None)
+    monkeypatch.setattr(train.ctypes, "CDLL", lambda name: Libc())
+    train.keep_freed_memory()
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    assert told == [(m_trim_threshold, 2**30, 1), (m_mmap_threshold, 2**25, 1)]
+    monkeypatch.setattr(train.sys, "platform", "darwin")
+    train.keep_freed_memory()
+    assert len(told) == 2
