@@ -1,47 +1,53 @@
 """Train and probe what DiER is compared with: Table 1 for this machine.
 
-    python -m appendix.baselines --data mnist                  all methods, the preset's epochs
-    python -m appendix.baselines --data mnist --method diffae mae
-    python -m appendix.baselines --data mnist --epochs 1000 --minutes 3 --seeds 2    equal time
+    python -m appendix.baselines --data mnist --epochs 5 --seeds 2     the table: all methods
+    python -m appendix.baselines --data mnist --method diffae mae      two of them
+    python -m appendix.baselines --data mnist --method tokenizer       with a picture
     python -m appendix.baselines --data mnist --method dier dier-notime --out runs/time.json
 
-    dier                the program's own
-    dier-notime         the same network, its encoder always told that t = 0: one v for all noise
-    dier-unet           DiER's encoder on Diff-AE's U-Net; dier-unet-notime: told that t = 0
-    diffae              Diff-AE, the paper's baseline (unet.py)
-    mae, lmim, dmjd     masked image modelling on a ViT (masked.py)
-    supervised          DiER's encoder at t = 0, trained on labels: a ceiling, not a competitor
+    dier, diffae             the program's own; Diff-AE, the paper's baseline (unet.py)
+    mae, lmim, lmim-swin     masked image modelling on a ViT and a Swin (masked.py)
+    cae, mage, dmjd          the same with codes of a tokenizer, or two views (tokens.py)
+    supervised               DiER's encoder at t = 0, trained on labels: a ceiling
+    dier-notime              not of the table: an encoder that is always told that t = 0
+    dier-unet                not of the table: DiER's encoder on Diff-AE's U-Net; dier-unet-notime
+    tokenizer                not of the table: what cae and mage read, trained before them
 
 Floors: `untrained` and `random` (probe.py) are DiER's encoder, `pixels` raw pixels, `pca` raw
 pixels on at most 1,024 principal components of the probe's training images.
 
-A cell is one method with one seed. Its run, runs/baselines/TABLE-METHOD-SEED/, holds what train.py
-and probe.py leave; TABLE is the name of the table's file, by default runs/baselines/DATA.json. The
-file is written after each cell. After Ctrl-C or a crash type the command again: a finished cell is
-not run again, the cell in work goes on from its checkpoint.
+The same chance for all: the same images, batches, flips and epochs, Adam and the weights' average.
+Each method has the learning rate that is best of 5e-4, 1e-3, 2e-3 and 4e-3 after a tenth of the
+epochs, by the probe on held-out training images, seed 0; at an edge of these one more is tried. The
+tokenizer has a tenth of the epochs too; its time and FLOPs are added to those of cae and mage.
 
-"rows" of the file has for each method {method, parameters, flops_per_image, images_per_s,
-images_seen, top1, top1_std, oracle, knn, paper, reported}, means over the seeds: top1 is the test
-accuracy at the t that held-out training images choose, oracle that of the best t on the test set,
-knn is at the chosen t, paper the paper's number; null is the std of one seed and what a method does
-not have. Accuracies in percent; FLOPs of forward and backward. `reported` rows are the paper's
-numbers alone: CAE and MAGE need a tokenizer, LMIM-Swin a Swin. "cells" holds the single runs.
+A cell is one method with one seed. Its run, runs/baselines/TABLE-METHOD-SEED/, holds what train.py
+leaves, a probe after a quarter, half and all of the epochs, and at the end cell.json; TABLE is the
+name of the table's file, by default runs/baselines/DATA.json. After Ctrl-C or a crash type the
+command again: what is done is never done again. Two commands may fill one table, each its methods.
+
+"rows" of the file has for each method means over the seeds: parameters, encoder_parameters, width
+(of the probed feature), seconds (of training), flops_per_image (forward and backward), flops (of
+the training), images_seen, lr, top1, top1_std, oracle, knn, paper. top1 is the test accuracy at the
+t that held-out training images choose, oracle that of the best t on the test set; knn is at the
+chosen t; null is what a method does not have. Accuracies in percent. "cells" holds the single runs,
+with the screened rates and the curve over the training.
 
 Shapes: B batch, C channels, H W pixels, N images, V = 1024, K classes, P principal components.
 """
 
 import argparse
+import itertools
 import json
-import math
-import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -51,20 +57,25 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import probe
 import train
-from appendix.masked import DMJD, LMIM, MAE, vit_config
+from appendix import tokens
+from appendix.chart import image_grid
+from appendix.dmjd import build_dmjd
+from appendix.masked import LMIM, MAE, vit_config
+from appendix.swin import LMIMSwin, swin_config
 from appendix.unet import build_dier_unet, build_diffae
 from data import fail, replace_file
 from diffusion import T
 from model import DiER, Encoder, ModelConfig, V
 from train import RUNS, dier_loss, model_config
 
-CPU_LR = 1e-3  # of preset cpu, but for dier, dier-notime and supervised
 LABELS = 10_000  # training images that the probe sees, and test images
 TIMES = [0, 100, 400, 999]
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # of Adam, tried for every method
+TOKENIZER_RATE = 1e-3  # as published for VQ-VAE
+SCREEN, STAGES = 0.1, (0.25, 0.5, 1)  # shares of the epochs: of a screen; at which a run is probed
 PAPER = Path(__file__).resolve().parent.parent / "results" / "paper.json"
 PAPER_NAMES = {"dier": "DiER", "diffae": "Diff-AE", "mae": "MAE", "lmim": "LMIM-ViT"}
-PAPER_NAMES |= {"dmjd": "DMJD", "CAE": "CAE", "MAGE": "MAGE", "LMIM-Swin": "LMIM-Swin"}
-REPORTED = ("CAE", "MAGE", "LMIM-Swin")
+PAPER_NAMES |= {"lmim-swin": "LMIM-Swin", "dmjd": "DMJD", "cae": "CAE", "mage": "MAGE"}
 
 # ---------------------------------------------------------------------------- methods
 
@@ -100,8 +111,21 @@ def label_loss(net: nn.Module, x0: Tensor, labels: Tensor, *_: Tensor) -> Tensor
     return F.cross_entropy(net(x0).float(), labels, reduction="none")
 
 
+def labels_by_step(split: data.Split, settings: dict[str, Any], step: int) -> Callable[..., Tensor]:
+    """`label_loss` for train.py's loop, which hands no labels over: which images a step takes
+    follows from seed and step, so they are counted from `step` on."""
+    labels = torch.from_numpy(split.labels).to(train.pick_device(settings["device"]))
+    steps, batch, seed = itertools.count(step), settings["batch_size"], settings["seed"]
+
+    def loss(net: nn.Module, x0: Tensor, *_: Tensor) -> Tensor:
+        index = data.batch_index(len(labels), next(steps), batch, seed, labels.device)
+        return label_loss(net, x0, labels[index])
+
+    return loss
+
+
 # name -> (settings -> a module whose `encoder` maps (x0, t) to v, the loss as train.py's loop calls
-# it). The loss of `supervised` takes labels in the place of t: it has a loop of its own below.
+# it). The loss of `supervised` takes labels in the place of t: `labels_by_step` finds them.
 METHODS: dict[str, tuple[Callable[[dict], nn.Module], Callable[..., Tensor]]] = {
     "dier": (train.build_dier, dier_loss),
     "dier-notime": (lambda s: DiER(model_config(s), TimelessEncoder), dier_loss),
@@ -110,24 +134,27 @@ METHODS: dict[str, tuple[Callable[[dict], nn.Module], Callable[..., Tensor]]] = 
     "diffae": (build_diffae, dier_loss),
     "mae": (lambda s: MAE(vit_config(s)), own_loss),
     "lmim": (lambda s: LMIM(vit_config(s)), own_loss),
-    "dmjd": (lambda s: DMJD(vit_config(s)), own_loss),
+    "lmim-swin": (lambda s: LMIMSwin(swin_config(s)), own_loss),
+    "dmjd": (build_dmjd, own_loss),
+    "cae": (tokens.build_cae, own_loss),
+    "mage": (tokens.build_mage, own_loss),
+    "tokenizer": (tokens.build_tokenizer, own_loss),
     "supervised": (lambda s: Supervised(model_config(s), len(s["class_names"])), label_loss),
 }
+READERS = ("cae", "mage")  # of the tokenizer's codes
+OTHERS = ("dier-notime", "dier-unet", "dier-unet-notime", "tokenizer")  # not rows of Table 1
 FLOORS = ("untrained", "random", "pca", "pixels")
 SEEDLESS = ("pca", "pixels")  # the same for every seed
 # Their v does not depend on t, so they are probed at t = 0. `untrained` is among them because time
 # enters through residual branches, which are off at initialisation.
-TIMELESS = ("dier-notime", "dier-unet-notime", "diffae", "mae", "lmim", "dmjd", "supervised")
-TIMELESS += ("untrained", "pca", "pixels")
+TIMELESS = ("dier-notime", "dier-unet-notime", "diffae", "mae", "lmim", "lmim-swin", "dmjd", "cae")
+TIMELESS += ("mage", "supervised", "untrained", "pca", "pixels")
 
 
 def method_settings(name: str, typed: dict[str, Any]) -> dict[str, Any]:
     """Every setting of a run of METHODS or FLOORS, as train.py resolves what was typed. The sizes
-    of U-Nets and ViTs are not among them: unet.py and masked.py have a table each."""
-    settings = train.resolve(typed) | {"method": name}
-    if settings["preset"] == "cpu" and name not in ("dier", "dier-notime", "supervised"):
-        settings["lr"] = CPU_LR
-    return settings
+    of other networks than DiER's are not among them: their files have a table each."""
+    return train.resolve(typed) | {"method": name}
 
 
 def build(name: str, settings: dict[str, Any]) -> nn.Module:
@@ -195,125 +222,200 @@ def floor_encoder(name: str, settings: dict[str, Any], split: data.Split) -> nn.
 # ---------------------------------------------------------------------------- a cell
 
 
-def train_supervised(
-    net: nn.Module, split: data.Split, settings: dict, folder: Path, saved: dict | None = None
-) -> tuple[int, float, int]:
-    """train.py's `train`, shorter, for the loss that needs labels: one process, the same batches,
-    update, log and checkpoint. It saves at rows only, where the sums have just been read."""
-    batch, seed, amp = (settings[key] for key in ("batch_size", "seed", "amp"))
-    device, n = train.pick_device(settings["device"]), len(split.images)
-    images = data.on_device(split.images, device)
-    labels = torch.from_numpy(split.labels).to(device)
-    parts = train.make_parts(net.to(device), settings, device, saved)
-    params, ema_params = list(net.parameters()), list(parts["ema"].parameters())
-    optimizer, scaler, sums = parts["optimizer"], parts["scaler"], torch.zeros(24, device=device)
-    step, earlier, log_size = (saved[k] if saved else 0 for k in ("step", "seconds", "log_size"))
-    last, limit = math.ceil(settings["epochs"] * n / batch), 60 * settings["minutes"]
-    log, row_step, first = train.open_log(folder, log_size, rank=0), step, step
-    start = row_time = time.monotonic()
-    saved_at, stop, stops = -math.inf, False, []
-    train.on_signal(stops)
-    net.train()
-    while step < last and not stop:
-        # The label comes with its image; t only sorts the loss into the tenths of the log.
-        t, flips, _ = train.draw(seed, step, (batch, *images.shape[1:]), device)
-        index = data.batch_index(n, step, batch, seed, images.device)
-        x0 = data.get_batch(images, index, device, flips if settings["flip"] else None)
-        with torch.autocast(device.type, train.AMP[amp], enabled=amp != "off"):
-            loss = label_loss(net, x0, labels[index.to(device)])
-        scaler.scale(loss.mean()).backward()
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(params, settings["clip"] or math.inf, foreach=True)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        step += 1
-        train.update_ema(ema_params, params, train.ema_decay(settings["ema"], step))
-        train.add_sums(sums, loss.detach(), t, norm)
+@dataclass(frozen=True)
+class Table:
+    """What all cells of a table share."""
 
-        # A row as in train.py, and one where a signal or the limit ends the call.
-        now = time.monotonic()
-        stop = bool(stops) or 0 < limit <= now - start
-        ends = stop or step == last
-        if step <= train.ROW_STEPS or step % train.ROW_STEPS == 0 or ends:
-            values, seconds = sums.tolist(), earlier + now - start
-            train.check_finite(values, settings, row_step + 1, step, folder)
-            row = {"step": step, "epoch": step * batch / n, "images": step * batch}
-            row |= {"seconds": seconds, **train.read_sums(values)}
-            row["images_per_s"] = (step - row_step) * batch / (now - row_time)
-            log.write(json.dumps(row).encode() + b"\n")
-            row_step, row_time = step, now
-            sums.zero_()
-            if ends or now - saved_at > train.SAVE_SECONDS:
-                counters = {"step": step, "row_step": step, "log_size": log.tell()}
-                counters |= {"seconds": seconds, "sums": sums.cpu(), "settings": settings}
-                train.save(folder, parts, counters)
-                left = train.time_left(step - first, last - first, now - start, limit)
-                train.show_row(row, last, left)
-                saved_at = now
-    train.on_signal()
-    log.close()
-    return step, time.monotonic() - start, stops[0] if stops else 0
+    path: Path  # its file; the runs are called after it
+    split: data.Split  # trains
+    probed: tuple[data.Split, data.Split]  # samples of both splits, which the probe sees
+    epochs: float  # of every method
+    origin: dict[str, Any]  # where the results come from
+
+    def folder(self, settings: dict[str, Any], more: str = "") -> Path:
+        """The run of a method and seed, with its config.json; exits with one line where that folder
+        holds a run of other settings."""
+        name = f"{self.path.stem}-{settings['method']}-{settings['seed']}{more}"
+        folder = RUNS / "baselines" / name
+        refuse_other(folder, settings)
+        write_json(folder / "config.json", settings)
+        return folder
 
 
-def train_cell(name: str, settings: dict[str, Any], folder: Path, split: data.Split) -> None:
-    """Train a method, or go on with its run in that folder. Exits after saving where a signal stops
-    it, and with one line where the folder holds a run of other settings."""
-    minutes, saved = settings["minutes"], None
-    if (folder / "checkpoint.pt").exists():
-        saved, config = train.read_checkpoint(folder), train.read_config(folder)
-        for key, value in settings.items():
-            if config.get(key) != value:
-                fail(
-                    f"{folder} was trained with {key} {config.get(key)}, not {value}: move or "
-                    f"delete that folder, or choose another --out"
-                )
-        if minutes:  # they count over all calls, so that each method has the same
-            minutes -= saved["seconds"] / 60
-            if minutes <= 0:
-                return
-    keys = ("preset", "size", "batch_size", "lr", "epochs", "minutes", "device", "amp")
-    print(f"{folder}: " + " ".join(f"{key}={settings[key]}" for key in keys), flush=True)
-    write_json(folder / "config.json", settings)
+def refuse_other(folder: Path, settings: dict[str, Any]) -> None:
+    """Exit with one line where a folder holds a run of other settings."""
+    config = train.read_config(folder)
+    for key, value in settings.items():
+        if config and config.get(key) != value:
+            fail(
+                f"{folder} was made with {key} {config.get(key)}, not {value}: move or delete that "
+                f"folder, or choose another --out"
+            )
+
+
+def train_run(table: Table, settings: dict[str, Any], folder: Path, share: float) -> None:
+    """Train the method of the settings for a share of their epochs, or go on with its run in that
+    folder. Exits after saving where a signal stops it."""
+    name, settings = settings["method"], {**settings, "epochs": share * settings["epochs"]}
+    saved = train.read_checkpoint(folder) if (folder / "checkpoint.pt").exists() else None
     torch.manual_seed(settings["seed"])
-    net, settings = build(name, settings), {**settings, "minutes": minutes}
+    net = build(name, settings)
+    if name in READERS and not saved:
+        tokenizer = train.read_checkpoint(tokenizer_run(table, settings))
+        train.restore(net.tokenizer, tokenizer["raw"])  # its buffers are not averaged
+    keys = ("preset", "size", "batch_size", "lr", "epochs", "device", "amp")
+    print(f"{folder}: " + " ".join(f"{key}={settings[key]}" for key in keys), flush=True)
+    loss_fn = METHODS[name][1]
     if name == "supervised":
-        step, _, stopped = train_supervised(net, split, settings, folder, saved)
-    else:
-        loss_fn = METHODS[name][1]
-        step, _, stopped = train.train(net, loss_fn, split.images, settings, folder, saved)
+        loss_fn = labels_by_step(table.split, settings, saved["step"] if saved else 0)
+    step, _, stopped = train.train(net, loss_fn, table.split.images, settings, folder, saved)
     if stopped:
         print(f"{folder} stopped at step {step:,}: the same command goes on")
         raise SystemExit(128 + stopped)
 
 
-def run_cell(
-    name: str, settings: dict[str, Any], folder: Path, split: data.Split, probed: tuple
+def probe_encoder(
+    table: Table, settings: dict[str, Any], encoder: nn.Module, step: int
 ) -> dict[str, Any]:
-    """Train on a split, or take a floor, and probe on two others; returns the cell {method, seed,
-    parameters, flops_per_image, images_per_s, images_seen, top1, oracle, knn, chosen_t, probe}."""
-    cell: dict[str, Any] = {"method": name, "seed": settings["seed"]}
-    if name in FLOORS:
-        net = encoder = floor_encoder(name, settings, probed[0])
-        step, flops, images_per_s = 0, None, None
-    else:
-        train_cell(name, settings, folder, split)
-        net, saved = train.load_model(folder, METHODS[name][0])
-        encoder, step, flops = net.encoder, saved["step"], flops_per_image(name, settings)
-        images_per_s = step * settings["batch_size"] / saved["seconds"]
-    cell |= {"parameters": sum(p.numel() for p in net.parameters()), "flops_per_image": flops}
-    cell |= {"images_per_s": images_per_s, "images_seen": step * settings["batch_size"]}
-
+    """What probe.py's protocol gives, at the few t of a table: all that `probe.probe` returns."""
     protocol = {"data": settings["data"], "limit": LABELS, "norm": "std", "epochs": probe.EPOCHS}
     protocol |= {"lr": 2e-5 if settings["row"] == 256 else 2e-4, "weights": "ema"}
     protocol |= {"classes": len(settings["class_names"]), "step": step}
-    times, device = [0] if name in TIMELESS else TIMES, train.pick_device(settings["device"])
-    result = probe.probe(encoder, {}, times, probed, device, protocol)
-    if name not in FLOORS:
-        write_json(folder / "probe.json", {"name": str(folder.relative_to(RUNS)), **result})
+    times = [0] if settings["method"] in TIMELESS else TIMES
+    device = train.pick_device(settings["device"])
+    return probe.probe(encoder, {}, times, table.probed, device, protocol)
+
+
+def scores(result: dict[str, Any]) -> dict[str, Any]:
+    """{chosen_t, top1, held_out, knn, oracle, probe} of what `probe.probe` returns."""
     chosen = probe.choose(result["rows"], "held_out")
-    cell |= {"top1": chosen["top1"], "oracle": result["oracle_top1"], "knn": chosen["knn"]}
-    return cell | {"chosen_t": chosen["t"], "probe": result["rows"]}
+    found = {key: chosen[key] for key in ("top1", "held_out", "knn")}
+    found |= {"chosen_t": chosen["t"], "oracle": result["oracle_top1"]}
+    return found | {"probe": result["rows"]}
+
+
+def run_stage(table: Table, settings: dict[str, Any], folder: Path, share: float) -> dict[str, Any]:
+    """Train a run up to a share of its epochs and probe it there, or read that from its folder:
+    {epochs, images_seen, seconds} and `scores`."""
+    path = folder / f"stage-{share:g}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    train_run(table, settings, folder, share)
+    net, saved = train.load_model(folder, METHODS[settings["method"]][0])
+    result = probe_encoder(table, settings, net.encoder, saved["step"])
+    write_json(folder / "probe.json", {"name": str(folder.relative_to(RUNS)), **result})
+    row = {"epochs": share * settings["epochs"], "seconds": saved["seconds"]}
+    row |= {"images_seen": saved["step"] * settings["batch_size"], **scores(result)}
+    write_json(path, row)
+    return row
+
+
+def screen_rates(table: Table, settings: dict[str, Any]) -> dict[str, float]:
+    """Held-out accuracy of each learning rate after a tenth of the epochs, seed 0, the best first:
+    {"0.001": percent}, 0 where the loss was not finite."""
+    found: dict[float, float] = {}
+
+    def look(rate: float) -> None:
+        tried = {**settings, "lr": rate, "seed": 0, "epochs": SCREEN * settings["epochs"]}
+        folder = table.folder(tried, f"-lr-{rate:g}")
+        try:
+            found[rate] = run_stage(table, tried, folder, 1)["held_out"]
+        except SystemExit as end:
+            if end.code != 2:  # a signal
+                raise
+            found[rate] = 0.0
+
+    for rate in RATES:
+        look(rate)
+    best = max(found, key=found.get)
+    if best == RATES[0]:
+        look(best / 2)
+    if best == RATES[-1]:
+        look(best * 2)
+    return {f"{rate:g}": found[rate] for rate in sorted(found, key=found.get, reverse=True)}
+
+
+def tokenizer_run(table: Table, settings: dict[str, Any]) -> Path:
+    """The folder of the tokenizer for the seed of the settings, trained for a tenth of the table's
+    epochs and checked on test images; it has cell.json and reconstruction.png."""
+    changed = {"method": "tokenizer", "lr": TOKENIZER_RATE, "epochs": SCREEN * table.epochs}
+    settings = settings | changed
+    folder = table.folder(settings)
+    if (folder / "cell.json").exists():
+        return folder
+    train_run(table, settings, folder, 1)
+    net, saved = train.load_model(folder, METHODS["tokenizer"][0], "raw")
+    images = table.probed[1].images
+    cell = {"method": "tokenizer", "seed": settings["seed"], "epochs": settings["epochs"]}
+    cell |= cost("tokenizer", settings, saved) | {"parameters": count_parameters(net)}
+    cell |= table.origin
+    cell |= tokens.check(net, images, train.pick_device(settings["device"]))
+    net, some = net.cpu(), np.array(images[:12])
+    with torch.no_grad():
+        decoded = data.to_uint8(net.reconstruct(data.to_float(torch.from_numpy(some)))).numpy()
+    rows = [("test image", some), ("from its codes", decoded)]
+    image_grid(rows, [], folder / "reconstruction.png")
+    write_json(folder / "cell.json", cell)
+    return folder
+
+
+def cost(name: str, settings: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """What a training took: {seconds, images_seen, images_per_s, flops_per_image, flops}."""
+    seen, flops = saved["step"] * settings["batch_size"], flops_per_image(name, settings)
+    found = {"seconds": saved["seconds"], "images_seen": seen}
+    found |= {"images_per_s": seen / saved["seconds"]}
+    return found | {"flops_per_image": flops, "flops": flops * seen}
+
+
+def count_parameters(net: nn.Module) -> int:
+    """All of them, frozen ones too."""
+    return sum(p.numel() for p in net.parameters())
+
+
+def run_cell(table: Table, settings: dict[str, Any]) -> dict[str, Any]:
+    """Screen the rate, train and probe; or read the cell from its folder, which holds it from then
+    on."""
+    name, seed = settings["method"], settings["seed"]
+    rates = screen_rates(table, settings)
+    settings = {**settings, "lr": float(next(iter(rates)))}
+    folder = table.folder(settings)
+    path = folder / "cell.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    curve = [run_stage(table, settings, folder, share) for share in STAGES]
+    net, saved = train.load_model(folder, METHODS[name][0])
+    cell = {"method": name, "seed": seed, "lr": settings["lr"], "rates": rates}
+    cell |= {"parameters": count_parameters(net), **cost(name, settings, saved), **curve[-1]}
+    cell |= {"encoder_parameters": count_parameters(net.encoder), **table.origin}
+    earlier = 0
+    if name in READERS:
+        cell["tokenizer"] = json.loads((tokenizer_run(table, settings) / "cell.json").read_text())
+        earlier = cell["tokenizer"]["flops"]
+        cell["seconds"] += cell["tokenizer"]["seconds"]
+        cell["flops"] += earlier
+    keys = ("epochs", "top1", "oracle", "knn", "chosen_t")
+    cell["curve"] = [{key: row[key] for key in keys} for row in curve]
+    for row, seen in zip(cell["curve"], curve):
+        row["flops"] = earlier + cell["flops_per_image"] * seen["images_seen"]
+    x0 = data.to_float(torch.from_numpy(np.array(table.probed[1].images[:1])))
+    with torch.no_grad():
+        cell["width"] = net.encoder(x0, torch.zeros(1, dtype=torch.int64)).shape[1]
+    write_json(path, cell)
+    return cell
+
+
+def run_floor(table: Table, settings: dict[str, Any]) -> dict[str, Any]:
+    """Probe a floor, or read its cell from its folder."""
+    settings = {**settings, "lr": None}
+    path = table.folder(settings) / "cell.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    encoder = floor_encoder(settings["method"], settings, table.probed[0])
+    cell = {"method": settings["method"], "seed": settings["seed"]}
+    cell["encoder_parameters"] = count_parameters(encoder)
+    cell |= scores(probe_encoder(table, settings, encoder, 0)) | table.origin
+    write_json(path, cell)
+    return cell
 
 
 # ---------------------------------------------------------------------------- the table
@@ -325,23 +427,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def make_rows(cells: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """A row for each method that has a cell, in the order of METHODS and FLOORS, then the rows that
-    the paper alone reports for the set of that name."""
+    """A row for each method that has a cell, in the order of METHODS and FLOORS; means over the
+    seeds, with the paper's number for the set of that name."""
     paper = {key: row.get(name) for key, row in json.loads(PAPER.read_text())["table1"].items()}
     rows = []
-    for method in [*METHODS, *FLOORS, *REPORTED]:
+    for method in [*METHODS, *FLOORS]:
         own = [cell for cell in cells if cell["method"] == method]
-        if not own and method not in REPORTED:
+        if not own:
             continue
-        row: dict[str, Any] = {"method": method}
-        for key in ("parameters", "flops_per_image"):
-            row[key] = own[0][key] if own else None
-        for key in ("images_per_s", "images_seen", "top1", "oracle", "knn"):
-            values = [cell[key] for cell in own if cell[key] is not None]
+        row: dict[str, Any] = {"method": method, "seeds": len(own)}
+        for key in ("parameters", "encoder_parameters", "flops_per_image"):
+            row[key] = own[0].get(key)  # alike for all seeds
+        for key in ("width", "seconds", "flops", "images_seen", "lr", "top1", "oracle", "knn"):
+            values = [cell[key] for cell in own if cell.get(key) is not None]
             row[key] = statistics.mean(values) if values else None
         row["top1_std"] = statistics.stdev(cell["top1"] for cell in own) if len(own) > 1 else None
-        row |= {"paper": paper.get(PAPER_NAMES.get(method)), "reported": method in REPORTED}
-        rows.append(row)
+        rows.append(row | {"paper": paper.get(PAPER_NAMES.get(method))})
     return rows
 
 
@@ -349,57 +450,47 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     """The table as text, - where a method has no such number."""
     columns = {  # heading -> (key, unit, format)
         "M params": ("parameters", 1e6, ".2f"),
+        "encoder": ("encoder_parameters", 1e6, ".2f"),
+        "width": ("width", 1, ".0f"),
+        "minutes": ("seconds", 60, ".1f"),
         "MFLOP": ("flops_per_image", 1e6, ",.1f"),
-        "images/s": ("images_per_s", 1, ",.0f"),
+        "TFLOP": ("flops", 1e12, ",.1f"),
         "1000 seen": ("images_seen", 1e3, ",.0f"),
         "top-1": ("top1", 1, ".2f"),
         "std": ("top1_std", 1, ".2f"),
         "oracle": ("oracle", 1, ".2f"),
         "kNN": ("knn", 1, ".2f"),
+        "lr": ("lr", 1, "g"),
         "paper": ("paper", 1, ".1f"),
     }
-    print(f"\n{'method':18}" + "".join(f"{heading:>10}" for heading in columns))
+    print(f"\n{'method':16}" + "".join(f"{heading:>10}" for heading in columns))
     for row in rows:
         numbers = ((row[key], unit, form) for key, unit, form in columns.values())
         texts = ("-" if n is None else f"{n / unit:{form}}" for n, unit, form in numbers)
-        note = "  (reported, not run)" if row["reported"] else ""
-        print(f"{row['method']:18}" + "".join(f"{text:>10}" for text in texts) + note)
+        print(f"{row['method']:16}" + "".join(f"{text:>10}" for text in texts))
 
 
-def table_head(common: dict[str, Any], images: int) -> dict[str, Any]:
-    """What all cells of a table have in common."""
-    keys = ("data", "preset", "size", "epochs", "minutes", "device", "amp")
+def write_table(table: Table, common: dict[str, Any], seeds: int) -> list[dict[str, Any]]:
+    """Write the table's file with all cells that are there, of this command or another; returns its
+    rows."""
+    keys = ("data", "preset", "size", "epochs", "batch_size", "device", "amp", "images")
+    shared, cells = {key: common[key] for key in keys}, []
+    for method in [*METHODS, *FLOORS]:
+        for seed in range(seeds):
+            folder = RUNS / "baselines" / f"{table.path.stem}-{method}-{seed}"
+            if (folder / "cell.json").exists() and method != "tokenizer":
+                refuse_other(folder, shared)
+                cells.append(json.loads((folder / "cell.json").read_text()))
+    rows = make_rows(cells, common["data"])
     times = ", ".join(map(str, TIMES))
-    return {
-        "what": "Table 1 on one machine: equal epochs or time for each method, linear probe",
-        **{key: common[key] for key in keys},
-        "images": images,
+    head = {
+        "what": "Table 1 on one machine: equal epochs for each method, linear probe",
+        **shared,
         "threads": torch.get_num_threads(),
         "probe": f"t = {times} for methods with time, {LABELS:,} labels, {probe.EPOCHS} epochs",
     }
-
-
-def read_cells(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
-    """The cells of a table that was begun; exits where it was begun with other settings."""
-    if not path.exists():
-        return []
-    try:
-        table = json.loads(path.read_text())
-        cells, begun = table["cells"], {key: table.get(key) for key in head}
-        make_rows(cells, head["data"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        fail(f"{path} is no table of this command: choose another --out")
-    for key, value in head.items():
-        if begun[key] != value:
-            fail(f"{path} was begun with {key} {begun[key]}, not {value}: choose another --out")
-    return cells
-
-
-def write_table(path: Path, head: dict[str, Any], cells: list[dict[str, Any]]) -> None:
-    """Write the table's file: head, seeds, rows and cells."""
-    seeds = 1 + max((cell["seed"] for cell in cells), default=0)
-    rows = make_rows(cells, head["data"])
-    write_json(path, {**head, "seeds": seeds, "rows": rows, "cells": cells})
+    write_json(table.path, {**head, "rows": rows, "cells": cells})
+    return rows
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -407,21 +498,23 @@ def build_parser() -> argparse.ArgumentParser:
     p = train.Parser(__doc__, prog="python -m appendix.baselines")
     add, names = p.add_argument, [*METHODS, *FLOORS]
     add("--data", help=f"{', '.join(data.SETS)}, or a folder of images (glyphs)")
-    add("--method", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)} (all)")
+    usual = f"all but {', '.join(OTHERS)}"
+    shown = f"of {', '.join(names)} ({usual})"
+    add("--method", nargs="+", choices=names, metavar="NAME", help=shown)
     add("--epochs", type=train.positive, help="passes over the training set (the preset's)")
-    add("--minutes", type=train.not_negative, help="at most so long for each run (0 = no limit)")
     add("--seeds", type=train.whole, help="runs of each method, with seeds 0 to N - 1 (1)")
     add("--out", type=Path, help="file of the table (runs/baselines/DATA.json)")
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the cells that the table's file does not have yet, and print the table."""
+    """Run the cells that are not there yet, and print the table."""
     argv = sys.argv[1:] if argv is None else argv
     typed = vars(build_parser().parse_args(argv))
     if train.ranks()[1] > 1:
         fail("one process makes a table: start it without torchrun")
-    methods, seeds = typed.pop("method", [*METHODS, *FLOORS]), typed.pop("seeds", 1)
+    usual = [name for name in [*METHODS, *FLOORS] if name not in OTHERS]
+    methods, seeds = dict.fromkeys(typed.pop("method", usual)), typed.pop("seeds", 1)
     name = typed.setdefault("data", train.DEFAULTS["data"])
     out = typed.pop("out", RUNS / "baselines" / f"{Path(name).resolve().name}.json")
     common = train.resolve(typed)
@@ -430,22 +523,25 @@ def main(argv: list[str] | None = None) -> None:
     probed = data.load(*where, LABELS)
     if len(split.class_names) < 2:
         fail(f"{name} has no classes, and a probe needs two: lay it out as CLASS/*")
-    found = {"images": len(split.images), "class_names": split.class_names}
-    head = table_head(common, len(split.images))
-    cells = read_cells(out, head)
-    head["command"] = shlex.join(["python", "-m", "appendix.baselines", *argv])
-    write_table(out, head, cells)  # where it cannot be written, nothing is trained
+    common |= {"images": len(split.images), "class_names": split.class_names}
+    for method in methods:  # sizes that do not fit are found before anything is trained
+        if method in METHODS:
+            flops_per_image(method, common | {"method": method})
+    command = train.origin(["-m", "appendix.baselines", *argv])
+    table = Table(out, split, probed, common["epochs"], command)
+    write_table(table, common, seeds)  # where it cannot be written, nothing is trained
     for seed in range(seeds):
-        for method in dict.fromkeys(methods):
-            done = any((cell["method"], cell["seed"]) == (method, seed) for cell in cells)
-            if done or (seed and method in SEEDLESS):
+        for method in methods:
+            if seed and method in SEEDLESS:
                 continue
             print(f"\n=== {method}, seed {seed}", flush=True)
-            settings = {**method_settings(method, {**typed, "seed": seed}), **found}
-            folder = RUNS / "baselines" / f"{out.stem}-{method}-{seed}"
-            cells.append(run_cell(method, settings, folder, split, probed))
-            write_table(out, head, cells)
-    print_rows(make_rows(cells, name))
+            settings = {**common, "method": method, "seed": seed}
+            if method == "tokenizer":
+                tokenizer_run(table, settings)
+            else:
+                (run_floor if method in FLOORS else run_cell)(table, settings)
+            write_table(table, common, seeds)
+    print_rows(write_table(table, common, seeds))
     print(f"saved: {out}")
 
 

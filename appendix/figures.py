@@ -3,6 +3,7 @@
     python -m appendix.figures                              the newest run
     python -m appendix.figures --name mnist                 into runs/mnist/
     python -m appendix.figures --name mnist cifar10         several runs, into results/
+    python -m appendix.figures --table results/table1-mnist.json    its curves, beside that file
 
 Fig. 4, fig4.png: probe accuracy against t (top-1 solid, top-5 dashed), the paper's Table 2 as a
 thin line. Fig. 5, fig5.png: t-SNE of the test set at the chosen t; a grid method x data set for
@@ -190,6 +191,39 @@ def figure_6(runs: list[Run], path: Path) -> None:
     save(canvas, path)
 
 
+def figure_table(path: Path) -> None:
+    """Accuracy against FLOPs of training for each method of a table, means over its seeds, and its
+    floors as dashed lines; written beside the table's file."""
+    try:
+        table = json.loads(path.read_text())
+        rows, cells = table["rows"], table["cells"]
+        curves = {row["method"]: [] for row in rows if row["flops"]}
+        for cell in cells:
+            if cell["method"] in curves:
+                curves[cell["method"]].append(cell["curve"])
+    except (ValueError, KeyError, TypeError):
+        fail(f"{path} is no table of appendix.baselines")
+    if not curves:
+        fail(f"{path} has no method that was trained yet")
+    series = []
+    for k, (method, runs) in enumerate(curves.items()):
+        colour, shape = style(k)
+        stages = list(zip(*runs))  # of each the points of all seeds
+        x = [np.mean([point["flops"] / 1e12 for point in points]) for points in stages]
+        y = [np.mean([point["top1"] for point in points]) for points in stages]
+        series.append(Series(method, x, y, colour, shape=shape))
+    most = max(x for line in series for x in line.x)
+    for k, row in enumerate(row for row in rows if not row["flops"]):
+        colour = COLOURS[-1 - k]
+        y = [row["top1"], row["top1"]]
+        series.append(Series(row["method"], [0, most], y, colour, True, 1.0, None))
+    canvas = Canvas(820 + max(text_width(line.name, 14) for line in series), 560)
+    title = f"{table['data']}: top-1 after a quarter, half and all of {table['epochs']:g} epochs"
+    labels = ("TFLOP of training, forward and backward", "test accuracy, %")
+    line_panel(canvas, (90, 60, 740, 490), series, title, *labels)
+    save(canvas, path.with_suffix(".png"))
+
+
 # ---------------------------------------------------------------------------- Figs. 5 and 7
 
 
@@ -304,6 +338,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = Parser(__doc__, prog="python -m appendix.figures")
     add = p.add_argument
     add("--name", nargs="+", help="runs in runs/NAME (the newest)")
+    add("--table", type=Path, help="draw the curves of this file of appendix.baselines, no run")
     limit = f"test images in t-SNE, equal over the classes ({POINTS}; {POINTS_PANEL} in Fig. 7)"
     add("--limit", type=whole, help=limit)
     add("--seed", type=count, help="of the samples (0)")
@@ -314,6 +349,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Draw what the runs' folders allow; say what is missing."""
     typed = vars(build_parser().parse_args(argv))
+    if "table" in typed:
+        figure_table(typed["table"])
+        return
     device, seed = pick_device(typed.get("device", "auto")), typed.get("seed", 0)
     runs = [read_run(find_run(name)) for name in dict.fromkeys(typed.get("name", [None]))]
     folder = runs[0].folder if len(runs) == 1 else Path("results")
