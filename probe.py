@@ -2,6 +2,7 @@
 
     python probe.py                     the newest run at t = 0, 100, ..., 900, 999
     python probe.py --t 400             one t; --t 100,400 two
+    python probe.py --t auto            find one t of all 1000, on training images, then probe it
     python probe.py --name mnist --data glyphs      the features of another set (transfer)
     python probe.py --norm none         the paper's stated protocol: features as they are
 
@@ -14,7 +15,8 @@ probe.json holds the standard sweep: rows [{t, top1, top5, held_out, knn}] (top5
 or fewer), chosen_t, test_top1, oracle_t, oracle_top1, floors {pixels, untrained, random}, n_train,
 n_test, protocol, and where they come from: name, seed, epochs, command, commit, versions, machine,
 seconds, and the same of the training. Accuracies are in percent. Any flag of the protocol unlike
-its default puts its name and value into the file's: probe-t-400.json.
+its default puts its name and value into the file's: probe-t-400.json. `--t auto` adds search, rows
+[{t, images, accuracy, explained, seconds}].
 
 Shapes: N training and M test images, B batch, V = 1024, K classes, H heads.
 """
@@ -36,7 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Split, fail, load, mix_seed, progress, replace_file, to_float
+from data import Split, fail, load, mix_seed, progress, replace_file, sample, to_float
 from diffusion import T
 from train import (
     AMP,
@@ -63,6 +65,8 @@ PIXELS = 32  # raw pixels are compared at 32 x 32 at most: 256 x 256 are 196,608
 NEIGHBOURS = 20
 BLOCK = 250  # images encoded at once
 FLOORS = ("untrained", "random")
+STEP, FINEST = 125, 15  # of --t auto: between the first t's and between the last
+RIDGE = 100.0  # its classifier's penalty on squared weights: it fades as the images grow more
 
 # ---------------------------------------------------------------------------- features
 
@@ -215,6 +219,14 @@ def knn(train: Tensor, test: Tensor, labels: list[Tensor], classes: int) -> floa
     return 100 * hits / len(y_test)
 
 
+def ridge(x: Tensor, y: Tensor) -> Tensor:
+    """The weights (V, K) that minimise |x w - y|^2 + 100 |w|^2 for standardised features x (N, V)
+    and centred one-hot labels y (N, K): a linear classifier in closed form."""
+    gram = x.T @ x  # (V, V)
+    gram.diagonal().add_(RIDGE)
+    return torch.linalg.solve(gram, x.T @ y)
+
+
 def wilson(percent: float, n: int) -> tuple[float, float]:
     """Wilson's 95% interval, in percent, of an accuracy measured on n images."""
     p, z = percent / 100, 1.96
@@ -230,6 +242,45 @@ def wilson(percent: float, n: int) -> tuple[float, float]:
 def choose(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
     """The row with the largest `key`, the smallest t of equals."""
     return max(rows, key=lambda row: (row[key], -row["t"]))
+
+
+def search(
+    encoder: nn.Module, split: Split, device: torch.device, classes: int
+) -> list[dict[str, Any]]:
+    """Find the t whose v_t says most about the class, on a twelfth of the training images (800 to
+    3,000): every 125th t, then both neighbours of the best so far, ever closer, down to 15. Prints
+    and returns a row for each t, {t, images, accuracy, explained, seconds}.
+
+    Each t is scored by a ridge classifier, cross-validated on the same images in the same folds:
+    `explained` is the share of the labels' variance that it tells of images that it did not see.
+    Accuracy counts hits, and so differs between neighbouring t by chance; this is smooth.
+    """
+    n = min(3_000, max(800, len(split.images) // 12))
+    index = sample(split.labels, len(split.images), n, 0)
+    images, groups = split.images[index], None if split.groups is None else split.groups[index]
+    folds = torch.from_numpy(make_folds(len(index), groups)).to(device)
+    labels = torch.from_numpy(split.labels[index]).to(device)
+    y = F.one_hot(labels, classes).float()  # (n, K)
+    y = y - y.mean(0)
+    rows, step, times = [], STEP, [*range(0, T, STEP), T - 1]
+    print("\n   t  images  accuracy  explained", flush=True)
+    while step >= FINEST:
+        for t in times:
+            start = time.monotonic()
+            x = encode(encoder, images, t, device, f"v_{t}")
+            x = standardise(x, x)[0].float()
+            guess = torch.empty_like(y)
+            for fold in folds.unique():
+                held = folds == fold
+                guess[held] = x[held] @ ridge(x[~held], y[~held])
+            accuracy = 100 * (guess.argmax(1) == labels).double().mean().item()
+            explained = 1 - ((guess - y).square().sum() / y.square().sum()).item()
+            row = {"t": t, "images": len(index), "accuracy": accuracy, "explained": explained}
+            rows.append({**row, "seconds": time.monotonic() - start})
+            print(f"{t:>4}  {len(index):6,}  {accuracy:8.2f}  {explained:9.4f}", flush=True)
+        best, step = choose(rows, "explained")["t"], step // 2
+        times = [t for t in (best - step, best + step) if 0 <= t < T]
+    return rows
 
 
 def untrained_encoder(settings: dict[str, Any], random: bool) -> nn.Module:
@@ -314,8 +365,10 @@ def print_summary(result: dict[str, Any]) -> None:
     n_train, n_test, p = result["n_train"], result["n_test"], result["protocol"]
     top1 = result["test_top1"]
     low, high = wilson(top1, n_test)
-    several = len(result["rows"]) > 1
+    several, tried = len(result["rows"]) > 1, result.get("search")
     which = "chosen by held-out training images" if several else "given"
+    if tried:
+        which = "found by the search on training images"
     print(
         f"\nt = {result['chosen_t']} ({which}): test top-1 {top1:.2f}%, 95% interval {low:.2f} to "
         f"{high:.2f} ({n_test:,} test images)"
@@ -324,6 +377,15 @@ def print_summary(result: dict[str, Any]) -> None:
         print(
             f"oracle: t = {result['oracle_t']} is best on the test set, as the paper reports: "
             f"{result['oracle_top1']:.2f}%"
+        )
+    if tried:
+        images, seconds = (sum(row[key] for row in tried) for key in ("images", "seconds"))
+        sweep = len(TIMES) * (n_train + n_test)
+        # A floor takes as long as a t, so what came after the search was one t of 1 + 3.
+        slower = (len(TIMES) + 3) / 4 * (result["seconds"] - seconds)
+        print(
+            f"search: {images:,} images encoded, {images / sweep:.1%} of a sweep's {sweep:,}, in "
+            f"{seconds:.0f} s, {seconds / slower:.1%} of a sweep's about {slower:.0f} s"
         )
     print("floors: " + ", ".join(f"{kind} {value:.2f}" for kind, value in result["floors"].items()))
     print(
@@ -341,7 +403,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Every flag, with its unit and default."""
     p = Parser(__doc__)
     add = p.add_argument
-    times = "times in 0..999, such as 400 or 100,400 (0, 100, ..., 900, 999)"
+    times = "times in 0..999, such as 400 or 100,400; auto: find one (0, 100, ..., 900, 999)"
     add("--t", type=parse_times, help=times)
     add("--name", help="the run in runs/NAME (the newest)")
     add("--data", help="another set than the run's: transfer")
@@ -357,11 +419,15 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
-def parse_times(text: str) -> list[int]:
-    """The times of --t, sorted: "400,100" -> [100, 400]; argparse's error outside 0..999."""
+def parse_times(text: str) -> list[int] | str:
+    """The times of --t, sorted: "400,100" -> [100, 400]; "auto" stays; argparse's error outside
+    0..999."""
+    if text == "auto":
+        return text
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) < T for part in parts):
-        raise argparse.ArgumentTypeError(f"{text}: give whole numbers in 0..{T - 1}, as in 100,400")
+        numbers = f"whole numbers in 0..{T - 1}, as in 100,400"
+        raise argparse.ArgumentTypeError(f"{text}: give {numbers}, or auto")
     return sorted({int(part) for part in parts})
 
 
@@ -370,7 +436,8 @@ def result_path(folder: Path, typed: dict[str, Any], standard: dict[str, Any]) -
     words = ["probe"]
     for key in ("t", "data", "limit", "norm", "epochs", "lr", "weights"):
         if key in typed and typed[key] != standard[key]:
-            value = "-".join(map(str, typed[key])) if key == "t" else str(typed[key])
+            value = typed[key]
+            value = "-".join(map(str, value)) if isinstance(value, list) else str(value)
             value = re.sub(r"[^\w.-]+", "_", value)  # slashes: a/set and b/set are two sets
             words += [key, value]
     return folder / ("-".join(words) + ".json")
@@ -404,7 +471,10 @@ def main(argv: list[str] | None = None) -> None:
     splits = load(name, settings["size"], settings["channels"], data_dir, limit)
     classes = len(splits[0].class_names)
     if classes < 2:
-        fail(f"{name} has no classes, and a probe needs two: lay it out as CLASS/*")
+        fail(
+            f"{name} has no classes, and a probe needs two: lay it out as CLASS/*; or python -m "
+            "appendix.choose finds a t without them"
+        )
     protocol |= {"classes": classes, "step": saved["step"]}
     floors = {kind: untrained_encoder(settings, kind == "random") for kind in FLOORS}
 
@@ -413,6 +483,9 @@ def main(argv: list[str] | None = None) -> None:
     result |= {"training": {**(settings.get("origin") or {}), "seconds": saved["seconds"]}}
     result |= origin(["probe.py", *(sys.argv[1:] if argv is None else argv)])
     start = time.monotonic()
+    if times == "auto":
+        result["search"] = search(model.encoder, splits[0], device, classes)
+        times = [choose(result["search"], "explained")["t"]]
 
     def run(to: Path | None = None) -> None:
         result.update(probe(model.encoder, floors, times, splits, device, protocol, to))

@@ -1,6 +1,7 @@
 """probe.py: the heads against a plain loop, the honest choice of t, the floors, the files."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -250,6 +251,94 @@ def test_each_row_is_printed_before_the_next_t_is_encoded(monkeypatch, capsys):
     assert row.split()[0] == "500"
 
 
+class Planted(nn.Module):
+    """Stands for an encoder: noise, and the pixels with it the more, the nearer t is to `best`.
+    Counts the images that it sees at each t."""
+
+    def __init__(self, best, width=150.0):
+        super().__init__()
+        self.best, self.width, self.seen = best, width, {}
+
+    def forward(self, x0, t):
+        t = int(t[0])
+        self.seen[t] = self.seen.get(t, 0) + len(x0)
+        noise = torch.randn(x0.flatten(1).shape, generator=torch.Generator().manual_seed(t))
+        return 0.3 * noise + math.exp(-(((t - self.best) / self.width) ** 2)) * x0.flatten(1)
+
+
+@pytest.mark.parametrize("best", [0, 40, 437, 700, 999])
+def test_the_search_finds_a_planted_t_and_makes_the_encodings_that_it_says(best, capsys):
+    encoder = Planted(best)
+    rows = probe.search(encoder, pictures(1000, 0), CPU, 4)
+    found = probe.choose(rows, "explained")
+    assert abs(found["t"] - best) <= 40 and found["accuracy"] > 90
+    assert all(row.keys() == {"t", "images", "accuracy", "explained", "seconds"} for row in rows)
+    assert {row["t"]: row["images"] for row in rows} == encoder.seen and len(rows) <= 15
+    assert {0, 125, 250, 375, 500, 625, 750, 875, 999} < set(encoder.seen) <= set(range(1000))
+    assert set(encoder.seen.values()) == {800}
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert printed == [
+        [str(row["t"]), "800", f"{row['accuracy']:.2f}", f"{row['explained']:.4f}"] for row in rows
+    ]
+
+
+@pytest.mark.parametrize("n, used", [(60, 60), (2000, 800), (14_400, 1200), (48_000, 3000)])
+def test_the_search_takes_a_twelfth_of_the_training_images(n, used, monkeypatch, capsys):
+    monkeypatch.setattr(probe, "STEP", probe.FINEST - 1)  # nothing is tried
+    monkeypatch.setattr(probe, "make_folds", lambda n, groups: sizes.append(n) or np.zeros(n))
+    sizes = []
+    split = data.Split(np.zeros((n, 1, 1, 1), np.uint8), np.arange(n) % 4, None, list("abcd"))
+    assert probe.search(Planted(0), split, CPU, 4) == [] and sizes == [used]
+
+
+class Flat(nn.Module):
+    """Stands for an encoder: the pixels at every t."""
+
+    def forward(self, x0, t):
+        return x0.flatten(1)
+
+
+def test_the_search_scores_every_image_by_those_of_other_groups(monkeypatch, capsys):
+    """Every group has pixels of its own, so that the features say whose they are."""
+    split = pictures(600, 0)
+    split.groups = np.arange(600) // 12
+    split.images = np.broadcast_to(
+        split.groups.astype(np.uint8)[:, None, None, None], (600, 1, 4, 4)
+    )
+    real, fitted = probe.ridge, []
+
+    def ridge(x, y):
+        fitted.append(sorted(x[:, 0].tolist()))
+        return real(x, y)
+
+    monkeypatch.setattr(probe, "ridge", ridge)
+    monkeypatch.setattr(probe, "standardise", lambda x, test: (x, test))
+    probe.search(Flat(), split, CPU, 4)
+    assert len(fitted) % 5 == 0
+    for values in fitted[:5]:
+        counts = np.unique(values, return_counts=True)[1]
+        assert set(counts) == {12} and 30 <= len(counts) < 50  # whole groups, a fifth left out
+    left_out = [set(range(50)) - {round(127.5 * (v + 1)) for v in values} for values in fitted[:5]]
+    assert sorted(group for groups in left_out for group in groups) == list(range(50))
+
+
+def test_the_search_against_a_plain_cross_validation(monkeypatch, capsys):
+    split, encoder = pictures(300, 0), Planted(500)
+    row = next(r for r in probe.search(encoder, split, CPU, 4) if r["t"] == 250)
+    x = probe.encode(encoder, split.images, 250, CPU, "").double().numpy()
+    x = (x - x.mean(0)) / x.std(0)
+    y = np.eye(4)[split.labels] - 0.25
+    folds, guess = probe.make_folds(300, None), np.empty((300, 4))
+    for fold in range(5):
+        a, b = x[folds != fold], y[folds != fold]
+        guess[folds == fold] = (
+            x[folds == fold] @ np.linalg.inv(a.T @ a + 100 * np.eye(16)) @ a.T @ b
+        )
+    assert row["explained"] == pytest.approx(1 - ((guess - y) ** 2).sum() / (y**2).sum(), abs=1e-3)
+    hits = guess.argmax(1) == split.labels
+    assert row["accuracy"] == pytest.approx(100 * hits.mean(), abs=0.7)
+
+
 # ---------------------------------------------------------------------------- the command
 
 
@@ -329,6 +418,53 @@ def test_one_t_is_no_choice_and_the_warm_up_is_that_of_the_heads(trained, capsys
     assert "t = 400 (given): test top-1 " in out and "95% interval" in out
     assert "oracle" not in out and "3 epochs (warm-up 3, " in out
     assert list(results(trained)) == ["probe-t-400-epochs-3.json"]
+
+
+def test_t_auto_searches_without_the_test_labels_and_probes_the_t_found(
+    trained, monkeypatch, capsys
+):
+    """While the search runs, a look at a test label is an error."""
+    real, read = probe.search, []
+
+    class Poisoned(data.Split):
+        @property
+        def labels(self):
+            read.append(searching)
+            return self.hidden
+
+        @labels.setter
+        def labels(self, value):
+            self.hidden = value
+
+    def load(*args):
+        first, second = data.load(*args)
+        return first, Poisoned(second.images, second.labels, second.groups, second.class_names)
+
+    def search(*args):
+        nonlocal searching
+        searching = True
+        rows = real(*args)
+        searching = False
+        return rows
+
+    searching = False
+    monkeypatch.setattr(probe, "load", load)
+    monkeypatch.setattr(probe, "search", search)
+    run("--t", "auto", "--epochs", "2", "--export", "v.npz")
+    assert read and not any(read)
+    out = capsys.readouterr().out
+    result = json.loads((trained / "probe-t-auto-epochs-2.json").read_text())
+    t = probe.choose(result["search"], "explained")["t"]
+    assert [row["t"] for row in result["rows"]] == [result["chosen_t"]] == [t]
+    assert f"t = {t} (found by the search on training images): test top-1 " in out
+    assert "oracle" not in out
+    images = sum(row["images"] for row in result["search"])
+    assert images == 40 * len(result["search"])
+    assert f"search: {images:,} images encoded, {images / 880:.1%} of a sweep's 880, in " in out
+    assert sum(row["seconds"] for row in result["search"]) < result["seconds"]
+    assert all(key in probe.__doc__ for key in ("search", *result["search"][0]))
+    with np.load("v.npz") as file:
+        assert f"x_train_{t}" in file
 
 
 def test_no_call_destroys_the_result_of_another(trained, tmp_path):
@@ -424,7 +560,10 @@ def test_unlabelled_images_train_and_the_probe_says_what_it_needs(tmp_path, monk
     for i, path in enumerate((tmp_path / "set/train").rglob("*.png")):
         path.rename(tmp_path / f"flat/{i}.png")
     train.main(["--data", "flat", *TINY, "--epochs", "2"])
-    assert "flat has no classes, and a probe needs two" in fails(capsys, run)
+    for flags in ([], ["--t", "auto"]):
+        error = fails(capsys, run, *flags)
+        assert "flat has no classes, and a probe needs two" in error
+        assert "python -m appendix.choose finds a t without them" in error
     assert not results(train.RUNS / "flat")
 
 
@@ -436,8 +575,9 @@ def test_runs_of_other_methods_are_refused_by_name(trained, capsys):
     assert "runs/baselines/mae is a run of mae: appendix.baselines probes it" in error
 
 
-@pytest.mark.parametrize("text", ["1000", "-1", "a", "1,,2", "", "0.5"])
+@pytest.mark.parametrize("text", ["1000", "-1", "a", "1,,2", "", "0.5", "auto,100"])
 def test_times_outside_the_range_are_one_line(text, capsys):
     error = fails(capsys, run, "--t", text)
-    assert f"{text}: give whole numbers in 0..999, as in 100,400" in error
+    assert f"{text}: give whole numbers in 0..999, as in 100,400, or auto" in error
     assert probe.parse_times("400, 100,400,0999") == [100, 400, 999]
+    assert probe.parse_times("auto") == "auto"

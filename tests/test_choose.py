@@ -1,0 +1,426 @@
+"""appendix/choose.py: each criterion against NumPy, what is read of the labels, the command."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, fails, write_folder
+
+import data
+import diffusion
+import model as M
+import probe
+import train
+from appendix import choose
+
+CPU = torch.device("cpu")
+KEYS = {"t", "rank", "right", "wrong", "high", "snr"}
+KEYS |= {f"{key}{end}" for key in ("gain", "relative") for end in ("", "_low", "_high")}
+
+
+def tiny_dier():
+    """DiER on 8 x 8 pixels with all its layers open, as after training."""
+    torch.manual_seed(0)
+    net = M.DiER(M.ModelConfig(8, 1, 2, 16, 2, 2, 8, 1, (1, 2), (4,), 2, dropout=0.0))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return net.eval()
+
+
+def pixels(n, side=8):
+    """uint8 noise (n, 1, side, side)."""
+    return np.random.default_rng(n).integers(0, 256, (n, 1, side, side), np.uint8)
+
+
+# ---------------------------------------------------------------------------- criteria
+
+
+def test_effective_rank_against_numpy_and_at_both_ends():
+    torch.manual_seed(0)
+    v = torch.randn(50, 20) @ torch.randn(20, 30) + 1.0
+    values = np.linalg.svd(v.double().numpy(), compute_uv=False)
+    p = values / values.sum()
+    want = np.exp(-sum(x * np.log(x) for x in p if x > 0))
+    assert choose.effective_rank(v) == pytest.approx(want, rel=1e-9) and 5 < want < 21
+    assert choose.effective_rank(torch.eye(7)) == pytest.approx(7)
+    assert choose.effective_rank(3 * torch.ones(9, 4)) == pytest.approx(1)
+
+
+def test_a_ratio_and_its_interval_against_a_bootstrap():
+    rng = np.random.default_rng(0)
+    bottom = rng.uniform(1, 3, 400)
+    top = 2 * bottom + rng.normal(0, 1, 400)
+    mean, low, high = choose.ratio(torch.from_numpy(top), torch.ones(400))
+    half = 1.96 * top.std(ddof=1) / 20
+    assert np.allclose([mean, low, high], [top.mean(), top.mean() - half, top.mean() + half])
+    value, low, high = choose.ratio(torch.from_numpy(top), torch.from_numpy(bottom))
+    draws = rng.integers(0, 400, (4000, 400))
+    resampled = top[draws].mean(1) / bottom[draws].mean(1)
+    assert value == pytest.approx(top.mean() / bottom.mean())
+    assert np.allclose([low, high], np.quantile(resampled, [0.025, 0.975]), atol=0.006)
+
+
+def high_power(image):
+    """Power of an image (S, S) above half the Nyquist frequency, and all of it: a plain DFT."""
+    side, high, total = len(image), 0.0, 0.0
+    place = np.arange(side)
+    for a in range(side):
+        for b in range(side):
+            wave = np.exp(-2j * np.pi * (a * place[:, None] + b * place) / side)
+            power = abs((image * wave).sum()) ** 2 / side**2
+            total += power
+            if max(min(a, side - a), min(b, side - b)) / side > 0.25:
+                high += power
+    return high, total
+
+
+@pytest.mark.parametrize("side", [2, 4, 6])
+def test_the_share_of_high_frequencies_against_a_plain_dft(side):
+    torch.manual_seed(0)
+    tokens = torch.randn(3, side * side, 5, dtype=torch.float64) + 0.5
+    got = choose.high_share(tokens)
+    for image, share in zip(tokens.numpy(), got):
+        powers = [high_power(channel.reshape(side, side)) for channel in image.T]
+        want = sum(high for high, _ in powers) / sum(total for _, total in powers)
+        assert share.item() == pytest.approx(want, rel=1e-5) and 0.1 < want < 0.95
+    place = torch.arange(side)
+    board = (-1.0) ** (place[:, None] + place).reshape(1, -1, 1)
+    assert choose.high_share(board).item() == pytest.approx(1)
+    assert choose.high_share(torch.ones(1, side * side, 2)).item() == pytest.approx(0)
+
+
+def test_the_fine_power_of_images_is_1_for_noise_and_a_plain_dft_for_the_rest():
+    torch.manual_seed(0)
+    x0 = torch.randn(4, 2, 6, 6)
+    powers = [high_power(channel)[0] for image in x0.numpy() for channel in image]
+    coefficients = sum(max(min(a, 6 - a), min(b, 6 - b)) > 1.5 for a in range(6) for b in range(6))
+    assert choose.fine_power(x0) == pytest.approx(np.mean(powers) / coefficients, rel=1e-5)
+    assert choose.fine_power(torch.randn(500, 1, 16, 16)) == pytest.approx(1, abs=0.02)
+
+
+def test_snr_chooses_the_t_at_which_noise_and_fine_detail_are_even():
+    abar, power = diffusion.alphas_cumprod(), 0.03
+    snr = [(power * abar[t] / (1 - abar[t])).item() for t in range(1000)]
+    rows = [{"t": t, "snr": x} for t, x in enumerate(snr)]
+    t = choose.chosen(rows, "snr")
+    assert snr[t - 1] > 1 > snr[t + 1] and 0 < t < 999
+    flat = [{"t": t, "rank": 2.0} for t in (300, 100, 200)]
+    assert choose.chosen(flat, "rank") == 100  # the smallest of equals
+
+
+@pytest.mark.parametrize("t", [0, 400, 999])
+def test_a_row_against_one_image_at_a_time(t, monkeypatch):
+    monkeypatch.setattr(choose, "BLOCK", 4)
+    net, abar = tiny_dier(), diffusion.alphas_cumprod().float()
+    x0 = data.to_float(torch.from_numpy(pixels(10)))
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    got = choose.measure(net, x0, t, abar)
+    seen, right, wrong, high, when = [], [], [], [], torch.tensor([t])
+    net.dit.blocks[-1].register_forward_hook(lambda block, x, out: seen.append(out[0]))
+    with torch.no_grad():
+        v = [net.encoder(image[None], when) for image in x0]
+        for i in range(10):
+            x_t = abar[t].sqrt() * x0[i] + (1 - abar[t]).sqrt() * eps[i]
+            for errors, k in ((right, i), (wrong, i - 1)):
+                guess = net.dit(x_t[None], when, v[k])[0]
+                errors.append((guess - eps[i]).square().mean().item())
+            powers = [high_power(channel.reshape(4, 4)) for channel in seen[-2].numpy().T]
+            high.append(sum(x for x, _ in powers) / sum(x for _, x in powers))
+    gain = np.array(wrong) - right
+    want = {"t": t, "right": np.mean(right), "wrong": np.mean(wrong), "gain": gain.mean()}
+    want |= {"relative": gain.mean() / np.mean(right), "high": np.mean(high)}
+    want |= {"rank": choose.effective_rank(torch.cat(v))}
+    assert {key: got[key] for key in want} == pytest.approx(want, rel=1e-3, abs=1e-5)
+    assert got.keys() == KEYS - {"snr"} and abs(gain.mean()) > 1e-3
+    assert got["gain_low"] < got["gain"] < got["gain_high"]
+    assert not net.dit.blocks[0]._forward_hooks
+
+
+def test_all_rows_have_the_20_times_and_a_falling_snr(monkeypatch):
+    monkeypatch.setattr(choose, "measure", lambda model, x0, t, abar: {"t": t})
+    rows = choose.measure_all(None, pixels(20), CPU)
+    assert [row["t"] for row in rows] == choose.TIMES and len(rows) == 20
+    assert {0, 999} <= set(choose.TIMES) <= set(range(1000))
+    power, abar = choose.fine_power(data.to_float(torch.from_numpy(pixels(20)))), 1.0
+    betas = np.linspace(1e-4, 0.02, 1000)
+    for row in rows:
+        abar = np.prod(1 - betas[: row["t"] + 1])
+        assert row["snr"] == pytest.approx(power * abar / (1 - abar), rel=1e-6)
+
+
+def test_the_sample_of_images_is_shuffled_and_the_same_each_time():
+    images = np.arange(500)[:, None, None, None]
+    split = data.Split(images, np.repeat(np.arange(5), 100), None, list("abcde"))
+    a, b = (choose.pick_images(split, 50).ravel() for _ in range(2))
+    assert np.array_equal(a, b) and len(set(a)) == 50
+    neighbours = split.labels[a] == split.labels[np.roll(a, 1)]
+    assert neighbours.mean() < 0.5  # sorted by class they would be of one class
+    assert len(choose.pick_images(split, 1000)) == 500
+
+
+# ---------------------------------------------------------------------------- with labels
+
+
+def test_spearman_against_the_formula_and_with_equal_values():
+    rng = np.random.default_rng(0)
+    a, b = rng.permutation(20), rng.permutation(20)
+    want = 1 - 6 * ((a - b) ** 2).sum() / (20 * (400 - 1))  # permutations are their own ranks
+    assert choose.spearman(list(np.exp(a)), list(b**3)) == pytest.approx(want)
+    assert choose.spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    assert choose.spearman([1, 2, 3], [6, 5, 4]) == pytest.approx(-1)
+    assert choose.spearman([1, 2, 3], [7, 7, 7]) == 0
+
+
+def test_points_lost_are_those_between_the_best_t_and_the_chosen_one():
+    rows = [{"t": t, "rank": t, "gain": -t, "relative": 0, "high": 0, "snr": 1} for t in (0, 1, 2)]
+    assert choose.compare(rows)["rank"] == {"t": 2}
+    for row, truth in zip(rows, (50.0, 70.0, 60.0)):
+        row["accuracy"] = truth
+    found = choose.compare(rows)
+    assert found["rank"] == {"t": 2, "spearman": pytest.approx(0.5), "lost": 10}
+    assert found["gain"] == {"t": 0, "spearman": pytest.approx(-0.5), "lost": 20}
+    assert found.keys() == choose.CRITERIA.keys()
+
+
+def test_the_accuracy_of_ridge_against_numpy():
+    generator = torch.Generator().manual_seed(0)
+    y, y_test = torch.arange(60) % 3, torch.arange(90) % 3
+    x, x_test = (
+        torch.eye(3)[labels] @ torch.full((3, 5), 0.5).triu()
+        + torch.randn(len(labels), 5, generator=generator)
+        for labels in (y, y_test)
+    )
+    onehot = np.eye(3)[y] - 1 / 3
+    stacked = np.vstack([x.numpy(), 10 * np.eye(5)])  # the penalty of 100 as rows of zero targets
+    w = np.linalg.lstsq(stacked, np.vstack([onehot, np.zeros((5, 3))]), rcond=None)[0]
+    assert np.allclose(probe.ridge(x, torch.from_numpy(onehot).float()), w, atol=1e-5)
+    want = 100 * ((x_test.numpy() @ w).argmax(1) == y_test.numpy()).mean()
+    got = choose.accuracy(x, x_test, y, y_test, 3)
+    assert got == pytest.approx(want) and 40 < got < 100
+
+
+def test_few_labels_are_drawn_anew_equal_over_classes_and_one_inside_the_other():
+    labels = np.repeat([0, 1, 2], [9, 40, 300])
+    each, draws = choose.draw_few(labels)
+    assert each == [1, 5] and len(draws) == 5
+    for draw in draws:
+        assert draw.shape == (3, 5) and len(set(draw.ravel())) == 15
+        assert np.array_equal(labels[draw], np.repeat([[0], [1], [2]], 5, 1))
+    assert len({tuple(draw[:, 0]) for draw in draws}) == 5
+    assert choose.draw_few(np.repeat([0, 1], 100))[0] == [1, 5, 10, 100]
+    assert choose.draw_few(np.array([0, 1]))[0] == [1]
+
+
+def test_few_labels_against_a_plain_classifier_of_each_draw():
+    """With so many pixels over so few images, ridge is as good in its dual form."""
+    rng, splits = np.random.default_rng(0), []
+    for n in (120, 90):
+        labels = rng.permutation(n) % 3
+        images = rng.integers(0, 200, (n, 1, 8, 8), np.uint8)
+        images[np.arange(n), 0, labels] += 40  # a hint of the class in a row of its own
+        splits.append(data.Split(images, labels, None, list("abc")))
+    net = tiny_dier()
+    settings = {"seed": 0, "size": 8, "channels": 1, "patch": 2, "hidden": 16, "depth": 2}
+    settings |= {"heads": 2, "base": 8, "blocks": 1, "mult": (1, 2), "attention": (4,)}
+    settings |= {"enc_heads": 2, "dropout": 0.0}
+    rows = choose.few_labels(net, settings, splits, 300, CPU)
+    each, draws = choose.draw_few(splits[0].labels)
+    pool = np.unique(draws)
+    encoders = {"v": net.encoder, "random": probe.untrained_encoder(settings, random=True)}
+    features = {
+        kind: [probe.encode(encoder, s.images, 300, CPU, "") for s in splits]
+        for kind, encoder in encoders.items()
+    }
+    features["pixels"] = [probe.raw_pixels(s.images) for s in splits]
+    for kind, (x, x_test) in features.items():
+        x, x_test = x.double().numpy(), x_test.double().numpy()
+        mean, std = x[pool].mean(0), x[pool].std(0)
+        x, x_test = (x - mean) / std, (x_test - mean) / std
+        for n in each:
+            row = next(row for row in rows if (row["features"], row["each"]) == (kind, n))
+            for draw, got in zip(draws, row["draws"], strict=True):
+                own = draw[:, :n].ravel()
+                y = np.eye(3)[splits[0].labels[own]] - 1 / 3
+                dual = np.linalg.solve(x[own] @ x[own].T + 100 * np.eye(len(own)), y)
+                guess = (x_test @ x[own].T @ dual).argmax(1)
+                assert got == pytest.approx(100 * (guess == splits[1].labels).mean(), abs=1.2)
+    means = [row["accuracy"] for row in rows if row["features"] == "pixels"]
+    assert means[-1] > means[0] + 5
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """Sets with and without classes and a short run on each."""
+    root = tmp_path_factory.mktemp("once")
+    write_folder(root / "set")
+    (root / "flat").mkdir()
+    for i, path in enumerate((root / "set/train").rglob("*.png")):
+        shutil.copy(path, root / f"flat/{i}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for name in ("flat", "set"):  # the newest is that with classes
+            train.main(["--data", name, *TINY, "--epochs", "4"])
+    return root
+
+
+@pytest.fixture
+def trained(once, tmp_path, monkeypatch):
+    """The folder of the run with classes, in a current directory of the test's own."""
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(choose, "TIMES", [0, 300, 999])
+    return train.RUNS / "set"
+
+
+def run(*args):
+    """choose.main on the CPU."""
+    choose.main(["--device", "cpu", *args])
+
+
+def test_the_table_the_choice_and_the_next_command(trained, capsys):
+    run()
+    out = capsys.readouterr().out
+    result = json.loads((trained / "choose.json").read_text())
+    rows = result["rows"]
+    assert [row["t"] for row in rows] == [0, 300, 999] and set(rows[0]) == KEYS
+    assert result["chosen_t"] == result["criteria"]["snr"]["t"] == choose.chosen(rows, "snr")
+    assert (result["name"], result["data"], result["images"]) == ("set", "set", 40)
+    documented = [*result, *rows[0], *result["criteria"]["rank"]]
+    sources = ("step", "command", "commit", "versions", "machine")
+    assert all(key in choose.__doc__ for key in documented if key not in sources)
+    t = result["chosen_t"]
+    table = [line.split() for line in out.splitlines()]
+    shown = [(line[0], line[1]) for line in table if len(line) == 8 and line[0].isdigit()]
+    assert shown == [(str(row["t"]), f"{row['rank']:.2f}") for row in rows]
+    assert all([name, str(found["t"])] in table for name, found in result["criteria"].items())
+    assert out.endswith(f"t = {t} by snr; next: python probe.py --t {t} --device cpu\n")
+    assert {path.name for path in trained.glob("*.json")} == {"config.json", "choose.json"}
+
+
+def test_the_next_command_repeats_what_was_typed(trained, capsys):
+    write_folder(Path("other/a set"), per_class=6)
+    run("--data", "other/a set", "--name", "set", "--data-dir", "data")
+    command = capsys.readouterr().out.splitlines()[-1].partition("; next: ")[2]
+    flags = "--name set --data 'other/a set' --data-dir data --device cpu"
+    assert command.startswith("python probe.py --t ") and command.endswith(flags)
+    assert (trained / "choose-data-other_a_set.json").exists()
+
+
+def test_no_label_is_read_without_a_flag_that_needs_it(trained, monkeypatch):
+    class Poisoned(data.Split):
+        @property
+        def labels(self):
+            raise AssertionError("a label was read")
+
+        @labels.setter
+        def labels(self, value):
+            pass
+
+    def load(*args):
+        splits = data.load(*args)
+        return tuple(Poisoned(s.images, s.labels, s.groups, s.class_names) for s in splits)
+
+    monkeypatch.setattr(choose, "load", load)
+    run()
+    for flag in ("--labels", "--few"):
+        with pytest.raises(AssertionError, match="a label was read"):
+            run(flag)
+
+
+def test_labels_compare_each_criterion_with_the_accuracy(trained, monkeypatch, capsys):
+    class Planted(torch.nn.Module):
+        """Pixels at t = 300, nothing elsewhere."""
+
+        def forward(self, x0, t):
+            return x0.flatten(1) * (t[0] == 300)
+
+    net, saved = train.load_model(trained)
+    net.encoder = Planted()
+    monkeypatch.setattr(choose, "load_model", lambda folder: (net, saved))
+    monkeypatch.setattr(choose, "measure", lambda model, x0, t, abar: {key: t for key in KEYS})
+    run("--labels")
+    assert "correlation  points lost" in capsys.readouterr().out
+    result = json.loads((trained / "choose-labels.json").read_text())
+    truth = {row["t"]: row["accuracy"] for row in result["rows"]}
+    assert truth == {0: 50, 300: 100, 999: 50}
+    assert result["criteria"]["rank"]["lost"] == result["criteria"]["gain"]["lost"] == 50
+    assert not (trained / "choose.json").exists()
+
+
+def test_few_labels_beside_pixels_and_a_random_encoder(trained, capsys):
+    run("--few")
+    result = json.loads((trained / "few.json").read_text())
+    rows = result["rows"]
+    order = [(kind, n) for kind in ("v", "random", "pixels") for n in (1, 5, 10)]
+    assert [(row["features"], row["each"]) for row in rows] == order  # of 20 images a class
+    for row in rows:
+        assert row.keys() == {"features", "each", "accuracy", "std", "draws"}
+        assert row["accuracy"] == pytest.approx(np.mean(row["draws"])) and len(row["draws"]) == 5
+        assert row["std"] == pytest.approx(np.std(row["draws"], ddof=1))
+    assert rows[-1]["accuracy"] == 100  # a class is bright in its own quarter
+    out = capsys.readouterr().out
+    table = [line.split() for line in out.splitlines()]
+    start = table.index(["labelled", "images", "a", "class", "1", "5", "10"]) + 1
+    names = [line[0] for line in table[start : start + 3]]
+    assert names == [f"v_{result['chosen_t']}", "random", "pixels"]
+
+
+def test_a_folder_without_labels_gets_a_t_and_an_export(trained, capsys):
+    run("--name", "flat")
+    *_, last = capsys.readouterr().out.splitlines()
+    t = json.loads((train.RUNS / "flat/choose.json").read_text())["chosen_t"]
+    command = "python -m appendix.choose --name flat --device cpu --export v.npz"
+    assert last == f"t = {t} by snr; next: {command}"
+    choose.main(command.split()[3:])
+    assert f"saved: v.npz\nt = {t} by snr\n" in capsys.readouterr().out
+    model, _ = train.load_model(train.RUNS / "flat")
+    splits = data.load("flat", 8, 3, Path("data"))
+    with np.load("v.npz") as file:
+        assert set(file) == {f"x_train_{t}", f"x_test_{t}"}
+        for split, kind in zip(splits, ("train", "test")):
+            want = probe.encode(model.encoder, split.images, t, CPU, "")
+            np.testing.assert_allclose(file[f"x_{kind}_{t}"], want.numpy(), atol=1e-3)
+    run("--export", "new/v.npz")
+    with np.load("new/v.npz") as file:
+        assert {"y_train", "y_test"} < set(file)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--name", "flat", "--labels"], "flat has no classes, and --labels needs two"),
+        (["--name", "flat", "--few"], "flat has no classes, and --few needs two: lay it out as"),
+        (["--name", "none"], "no checkpoint in runs/none"),
+        (["--name", "mae"], "runs/mae is a run of mae: t is chosen for runs of dier alone"),
+        (["--export", "set"], "--export set is a folder: name a file, such as set/v.npz"),
+        (["--data", "one"], "one has one test image, and the v of another needs two"),
+        (["--data", "nowhere"], "'nowhere' is no folder of images"),
+        (["--t", "400"], "unrecognized arguments: --t 400; --help lists the flags"),
+    ],
+)
+def test_bad_input_is_one_line(trained, flags, words, monkeypatch, capsys):
+    write_folder(Path("one"), per_class=1, classes=1)
+    shutil.copytree(trained, train.RUNS / "mae")
+    config = json.loads((trained / "config.json").read_text()) | {"method": "mae"}
+    (train.RUNS / "mae/config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(choose, "measure_all", None)  # a call would be an error of another kind
+    assert words in fails(capsys, run, *flags)
+    assert not list(train.RUNS.glob("*/choose*.json"))
+
+
+def test_two_lines_open_an_export_for_scikit_learn(trained):
+    """`fit(X, y)` takes NumPy arrays (N, V) and (N,)."""
+    probe.main(["--t", "400", "--epochs", "1", "--device", "cpu", "--export", "v.npz"])
+    names = {"numpy": np}
+    exec('v = numpy.load("v.npz")\nX, y = v["x_train_400"], v["y_train"]', names)
+    X, y = names["X"], names["y"]
+    assert isinstance(X, np.ndarray) and isinstance(y, np.ndarray)
+    assert X.shape == (40, 1024) and X.dtype == np.float16 and np.isfinite(X).all()
+    assert y.shape == (40,) and y.dtype == np.int64 and set(y) == {0, 1}
