@@ -560,9 +560,8 @@ def test_the_tokenizer_overfits_sixteen_images(learned):
     assert found["explained_variance"] > 0.7 and found["used"] > 0.3
 
 
-@pytest.mark.parametrize(
-    "name, steps", [("cae", 280), pytest.param("mage", 700, marks=pytest.mark.slow), ("dmjd", 80)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name, steps", [("cae", 280), ("mage", 700), ("dmjd", 80)])
 def test_each_method_overfits_sixteen_images(name, steps, learned):
     """Below the best prediction that is the same for all images. Of codes: each place's entropy."""
     net, x0 = built(name), images(16)

@@ -252,7 +252,7 @@ def test_resume_refuses_another_value_and_goes_on_with_more_epochs(folder, capsy
         (["--seed", "1"], "--seed 1 differs from the checkpoint's 0"),
         (["--data", "mnist", "--name", "set"], "--data mnist differs from the checkpoint's set"),
         (["--depth", "2"], "--depth 2 differs from the checkpoint's 1"),
-        (["--dropout", "0.5"], "--dropout 0.5 differs from the checkpoint's 0.0"),
+        (["--dropout", "0.5"], "--dropout 0.5 differs from the checkpoint's 0.1"),
         (["--preset", "paper"], "--preset paper differs from the checkpoint's cpu"),
         (["--mult", "1", "4"], "--mult [1, 4] differs from the checkpoint's [1, 2]"),
         ([], "has done its 2 epochs: give more with --epochs"),
