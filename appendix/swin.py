@@ -1,4 +1,5 @@
-"""LMIM on a Swin, which has four times fewer tokens from stage to stage.
+"""LMIM (Wang et al. 2023) on a Swin (Liu et al. 2021), a transformer whose tokens attend in windows
+and are merged four to one from stage to stage.
 
     python -m appendix.baselines --method lmim-swin
 

@@ -39,6 +39,7 @@ def tiny(monkeypatch):
     for key, value in {"preset": "cpu", "device": "cpu", "amp": "off"}.items():
         monkeypatch.setitem(train.DEFAULTS, key, value)
     monkeypatch.setattr(probe, "EPOCHS", 10)
+    monkeypatch.setattr(train, "best_seconds", lambda call: 1.0)  # of the machine's products
 
 
 def settings_of(name, **typed):
@@ -189,6 +190,24 @@ def test_flops_of_a_block_are_counted_by_hand(tiny, monkeypatch):
     scores = 2 * places * places * d  # q k^T and its product with v, over all heads
     more = baselines.flops_per_image("mae", settings_of("mae"))
     assert more - few == 3 * 2 * (linear + scores)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("kind", [torch.nn.Conv2d, torch.nn.ConvTranspose2d])
+def test_flops_of_convolutions_are_counted_by_hand(kind, groups, monkeypatch):
+    """A depthwise one too. The image has no gradient, so the first convolution has two parts of
+    three; each reads or writes 6 x 6 places through a kernel of 3 x 3."""
+
+    def build(settings):
+        return torch.nn.Sequential(
+            kind(4, 4, 3, padding=1), kind(4, 8, 3, padding=1, groups=groups)
+        )
+
+    loss = baselines.own_loss
+    monkeypatch.setitem(baselines.METHODS, "mae", (build, lambda *a: loss(*a).mean((1, 2, 3))))
+    found = baselines.flops_per_image("mae", {"channels": 4, "size": 6})
+    first, second = (2 * 36 * 9 * c_in * c_out for c_in, c_out in ((4, 4), (4, 8 // groups)))
+    assert found == 2 * first + 3 * second
 
 
 # ---------------------------------------------------------------------------- U-Net

@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, fails, write_folder
+from conftest import ROOT, TINY, fails, write_folder
 
 import data
 import diffusion
@@ -416,10 +417,13 @@ def test_bad_input_is_one_line(trained, flags, words, monkeypatch, capsys):
 
 
 def test_two_lines_open_an_export_for_scikit_learn(trained):
-    """`fit(X, y)` takes NumPy arrays (N, V) and (N,)."""
+    """Those of README.md; `fit(X, y)` takes NumPy arrays (N, V) and (N,)."""
+    said = (ROOT / "README.md").read_text()
+    lines = re.findall(r"`((?:v|X, y) = [^`]*v[^`]*)`", said)
+    assert len(lines) == 2
     probe.main(["--t", "400", "--epochs", "1", "--device", "cpu", "--export", "v.npz"])
     names = {"numpy": np}
-    exec('v = numpy.load("v.npz")\nX, y = v["x_train_400"], v["y_train"]', names)
+    exec("\n".join(lines), names)
     X, y = names["X"], names["y"]
     assert isinstance(X, np.ndarray) and isinstance(y, np.ndarray)
     assert X.shape == (40, 1024) and X.dtype == np.float16 and np.isfinite(X).all()
