@@ -111,6 +111,19 @@ def test_the_order_of_visible_tokens_does_not_matter(kind, monkeypatch):
     assert torch.allclose(*losses, rtol=1e-6)
 
 
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_decoder_puts_each_visible_token_at_its_place(before):
+    """Without its blocks; with and without a class token in front."""
+    torch.manual_seed(0)
+    net = masked.Decoder(4, 8, 32, 0, 1)
+    x, visible = torch.randn(2, before + 3, 8), torch.tensor([[5, 0, 11], [2, 9, 4]])
+    got, embedded = net.tokens(x, visible), net.embed(x)[:, before:]
+    for b in range(2):
+        want = net.mask[0].repeat(16, 1)
+        want[visible[b]] = embedded[b]
+        assert torch.allclose(got[b], net.norm(want + net.positions), atol=1e-6)
+
+
 def test_mae_scores_hidden_patches_alone():
     net, x = built(MAE, VIT), images()
     torch.manual_seed(5)
@@ -152,10 +165,11 @@ def test_lmim_weighs_each_cell_by_its_hidden_share():
             pixels = np.kron(hidden, np.ones((4, 4)))
             want = pixels.reshape(cells, scale.cell, cells, scale.cell).mean((1, 3))
             np.testing.assert_allclose(share.view(cells, cells), want, atol=1e-6)
-    guess, hidden = torch.zeros(2, 16, 9), torch.zeros(2, 16)
-    hidden[:, 3] = 0.5
+    guess, hidden = torch.rand(2, 16, 9), torch.zeros(2, 16)
+    hidden[:, 3], hidden[:, 7] = 0.5, 0.25
     target = F.normalize(masked.hog(images(), 4, True), dim=4).view(2, 16, 9)
-    want = target[:, 3].square().mean(1)
+    error = (guess - target).square().mean(2)
+    want = (2 * error[:, 3] + error[:, 7]) / 3
     assert torch.allclose(masked.hog_error(guess, images(), 4, hidden), want, atol=1e-6)
 
 
@@ -250,6 +264,23 @@ def test_tokens_stand_so_that_units_are_runs_and_merges_are_squares():
     for (_, coords), side in zip(layers, (8, 4, 4)):
         want = torch.cartesian_prod(torch.arange(side), torch.arange(side))
         assert torch.equal(coords[(coords @ torch.tensor([side, 1])).argsort()], want)
+
+
+def test_every_second_block_is_shifted_where_the_grid_is_larger_than_a_window(monkeypatch):
+    """Grids of 16, 8 and 4 with windows of 4."""
+    net, cut, used, real = built(swin.Swin, SWIN), [], [], swin.windows
+
+    def record(coords, size, shift, device):
+        cut.append((int(coords.max()) + 1, size, shift))
+        return real(coords, size, shift, device)
+
+    monkeypatch.setattr(swin, "windows", record)
+    for stage in net.stages:
+        for block in stage:
+            block.register_forward_pre_hook(lambda _, args: used.append(id(args[1])))
+    net.layers(images())
+    assert cut == [(16, 4, 0), (16, 4, 2), (8, 4, 0), (8, 4, 2), (4, 4, 0), (4, 4, 0)]
+    assert all(used[k] != used[k + 1] for k in (0, 2, 4))
 
 
 def test_swin_sees_visible_units_alone():
