@@ -518,8 +518,7 @@ def without_times(path):
 def test_a_table_that_was_interrupted_ends_equal_to_one_that_was_not(
     tiny, folder, monkeypatch, capsys
 ):
-    monkeypatch.setattr(baselines, "RATES", (1e-3, 1e-2))
-    monkeypatch.setattr(baselines, "screen_rates", lambda *_: {"0.001": 50.0, "0.01": 40.0})
+    monkeypatch.setattr(baselines, "screen_rates", lambda *_: {"0.01": 50.0, "0.001": 40.0})
     arguments = ["--data", folder, "--method", "dier", "mae", "pixels", "--seeds", "2"]
     baselines.main([*arguments, "--out", "straight.json"])
     assert "nan" not in capsys.readouterr().out
@@ -548,8 +547,9 @@ def test_a_table_that_was_interrupted_ends_equal_to_one_that_was_not(
     assert methods == ["dier", "mae", "random", "pixels"]
     baselines.main(cut)
     assert trained == [0, 0] + 10 * [1]  # nothing is run again
-    error = fails(capsys, baselines.main, [*cut, "--epochs", "3"])
-    assert "cut-dier-0 was made with epochs 1, not 3.0: move or delete" in error
+    for command in (cut, [*arguments[:3], "pca", "--out", "cut.json"]):
+        error = fails(capsys, baselines.main, [*command, "--epochs", "3"])
+        assert "cut-dier-0 was made with epochs 1, not 3.0: move or delete" in error
     write_folder(Path("other"), per_class=3)
     os.rename("set", "old")
     os.rename("other", "set")
@@ -563,6 +563,7 @@ def check_rows(table):
     keys |= {"flops_per_image", "flops", "images_seen", "top1", "top1_std", "oracle", "knn"}
     assert all(set(row) == keys | {"paper"} for row in rows.values())
     assert rows["dier"]["images_seen"] == 40 and rows["dier"]["seeds"] == 2
+    assert rows["dier"]["lr"] == 0.01  # the screen's best
     assert rows["pixels"]["top1_std"] is None and rows["pixels"]["flops"] is None
     assert table["epochs"] == 1 and table["images"] == 40
 
