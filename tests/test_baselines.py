@@ -39,7 +39,6 @@ def tiny(monkeypatch):
     for key, value in {"preset": "cpu", "device": "cpu", "amp": "off"}.items():
         monkeypatch.setitem(train.DEFAULTS, key, value)
     monkeypatch.setattr(probe, "EPOCHS", 10)
-    monkeypatch.setattr(train, "best_seconds", lambda call: 1.0)  # of the machine's products
 
 
 def settings_of(name, **typed):
