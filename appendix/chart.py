@@ -216,15 +216,15 @@ class Axes:
         return left + u * (right - left), bottom - w * (bottom - top)
 
     def draw(
-        self, canvas: Canvas, title: str, x_label: str, y_label: str, x_ticks: list | None = None
+        self, canvas: Canvas, title: str, x_label: str, y_label: str, x_ticks: dict | None = None
     ) -> None:
-        """Grid, ticks, their numbers, labels and title around the box."""
+        """Grid, ticks, their numbers, labels and title around the box; x_ticks {x: text}."""
         left, top, right, bottom = self.box
-        for x in x_ticks or nice_ticks(*self.x_range):
+        for x, text in (x_ticks or {x: tick_label(x) for x in nice_ticks(*self.x_range)}).items():
             at = self.pixel(x, self.y_range[0])[0]
             canvas.line([(at, top), (at, bottom)], GRID)
             canvas.line([(at, bottom), (at, bottom + 5)], INK)
-            canvas.text((at, bottom + 9), tick_label(x), 13, "mt")
+            canvas.text((at, bottom + 9), text, 13, "mt")
         for y in (log_ticks if self.log_y else nice_ticks)(*self.y_range):
             at = self.pixel(self.x_range[0], y)[1]
             canvas.line([(left, at), (right, at)], GRID)
@@ -260,7 +260,7 @@ def line_panel(
     x_label: str,
     y_label: str,
     log_y: bool = False,
-    x_ticks: list[float] | None = None,
+    x_ticks: dict[float, str] | None = None,
 ) -> Axes:
     """Lines in a box, the legend to its right; returns the axes. Needs one point at least; log_y
     is for values that are all above 0, and else left out."""

@@ -6,10 +6,11 @@
     python -m appendix.figures --table results/table1-mnist.json    its curves, beside that file
 
 Fig. 4, fig4.png: probe accuracy against t (top-1 solid, top-5 dashed), the paper's Table 2 as a
-thin line. Fig. 5, fig5.png: t-SNE of the test set at the chosen t; a grid method x data set for
-several runs. Fig. 6, fig6.png: training MSE, and MSE by tenth of t. Fig. 7, fig7.png
-(fig7-NAME.png for several): t-SNE at all 11 t, the chosen one framed. Figs. 4, 5 and 7 need
-probe.json: run probe.py first.
+thin line; below it what v does for the network, of runs with choose.json. few.png: accuracy with
+few labels, of runs with few.json (appendix.choose makes both). Fig. 5, fig5.png: t-SNE of the test
+set at the chosen t; a grid method x data set for several runs. Fig. 6, fig6.png: training MSE, and
+MSE by tenth of t. Fig. 7, fig7.png (fig7-NAME.png for several): t-SNE at all 11 t, the chosen one
+framed. Figs. 4, 5 and 7 need probe.json: run probe.py first.
 
 v_t is standardised by mean and std of a seeded sample of training images. Of more than 20 classes
 a seeded 20 are shown, as in the paper.
@@ -71,6 +72,8 @@ class Run:
     settings: dict[str, Any]
     log: list[dict[str, Any]]  # rows of log.jsonl
     probe: dict[str, Any] | None  # probe.json, None where there is none
+    gain: list[dict[str, Any]]  # rows of choose.json
+    few: list[dict[str, Any]]  # rows of few.json
 
     @property
     def name(self) -> str:
@@ -108,10 +111,14 @@ def read_run(folder: Path) -> Run:
     method = settings.get("method")
     if method not in METHODS:
         fail(f"{folder} is a run of {method}, which is none of {', '.join(METHODS)}")
-    log, probe = folder / "log.jsonl", folder / "probe.json"
+    log = folder / "log.jsonl"
     rows = [read_json(line) for line in log.read_text().splitlines()] if log.exists() else []
-    result = read_json(probe.read_text()) if probe.exists() else None
-    return Run(folder, settings, [row for row in rows if row], result)
+    found = {}
+    for stem in ("probe", "choose", "few"):
+        path = folder / f"{stem}.json"
+        found[stem] = read_json(path.read_text()) if path.exists() else None
+    more = [(found[stem] or {}).get("rows", []) for stem in ("choose", "few")]
+    return Run(folder, settings, [row for row in rows if row], found["probe"], *more)
 
 
 def thin_out(rows: list[dict], key: str) -> tuple[list[float], list[float]]:
@@ -142,8 +149,9 @@ def save(canvas: Canvas, path: Path) -> None:
 
 
 def figure_4(runs: list[Run], path: Path) -> None:
-    """Accuracy against t, a colour for each run; the paper's curve thin in the same colour."""
-    paper, series, colours = json.loads(PAPER.read_text()), [], {}
+    """Accuracy against t, a colour for each run; the paper's curve thin in the same colour. Below
+    it the gain of v where it was measured, its 95% interval between thin lines."""
+    paper, series, gains, colours = json.loads(PAPER.read_text()), [], [], {}
     for k, run in enumerate(runs):
         rows, (colour, shape) = run.probe["rows"], style(k)
         colours.setdefault(run.data, colour)  # the paper's curve has that of the set's first run
@@ -154,15 +162,39 @@ def figure_4(runs: list[Run], path: Path) -> None:
                 name, dashed = f"{run.name}, top-{key[-1]}", key == "top5"
                 x, y = [row["t"] for row in rows], [row[key] for row in rows]
                 series.append(Series(name, x, y, colour, dashed, shape=shape))
+        for key in ("gain", "gain_low", "gain_high") if run.gain else ():
+            x, y = [row["t"] for row in run.gain], [row[key] for row in run.gain]
+            look = (2.0, shape) if key == "gain" else (0.7, None)
+            gains.append(Series("", x, y, colour, False, *look))
     for data, colour in colours.items():
         curves = paper["table2"].get(data, {})
         for key in (key for key in ("top1", "top5") if key in curves):
             name, dashed = f"paper, {data}, top-{key[-1]}", key == "top5"
             series.append(Series(name, paper["t"], curves[key], colour, dashed, 1.0, None))
     legend = max(text_width(s.name, 14) for s in series)
-    canvas = Canvas(820 + legend, max(510, 90 + 24 * len(series)))
+    ticks = {t: str(t) for t in TIMES[::2]}
+    canvas = Canvas(820 + legend, max(830 if gains else 510, 90 + 24 * len(series)))
     title, labels = "Linear probe accuracy by time (Fig. 4)", ("t of v_t", "test accuracy, %")
-    line_panel(canvas, (90, 60, 740, 450), series, title, *labels, x_ticks=TIMES[::2])
+    line_panel(canvas, (90, 60, 740, 450), series, title, *labels, x_ticks=ticks)
+    if gains:
+        title, labels = "What v does: MSE with another image's v less its own", ("t", "gain of v")
+        line_panel(canvas, (90, 550, 740, 770), gains, title, *labels, x_ticks=ticks)
+    save(canvas, path)
+
+
+def figure_few(runs: list[Run], path: Path) -> None:
+    """Accuracy against labelled images a class, a panel for each run with few.json."""
+    canvas = Canvas(400 * len(runs) + 120, 400)
+    for k, run in enumerate(runs):
+        each = sorted({row["each"] for row in run.few})
+        ticks, series = {place: str(n) for place, n in enumerate(each)}, []
+        for i, kind in enumerate(dict.fromkeys(row["features"] for row in run.few)):
+            y = [row["accuracy"] for row in run.few if row["features"] == kind]
+            colour, shape = style(i)
+            name = kind if run is runs[-1] else ""
+            series.append(Series(name, list(ticks), y, colour, kind != "v", shape=shape))
+        box, labels = (400 * k + 90, 60, 400 * k + 390, 340), ("labelled images a class", "")
+        line_panel(canvas, box, series, f"{run.name}: accuracy, %", *labels, x_ticks=ticks)
     save(canvas, path)
 
 
@@ -362,6 +394,8 @@ def main(argv: list[str] | None = None) -> None:
         if run.probe is None:
             fail(f"no {run.folder / 'probe.json'}: {probe_command(run)} makes it")
     figure_4(runs, folder / "fig4.png")
+    if few := [run for run in runs if run.few]:
+        figure_few(few, folder / "few.png")
     embedders = [Embedder(run, device) for run in runs]
     figure_5(runs, embedders, typed.get("limit", POINTS), seed, folder / "fig5.png")
     for run, embedder in zip(runs, embedders):

@@ -286,6 +286,41 @@ def test_one_run_gets_four_figures_and_the_chosen_t_is_framed(probed):
         assert orange[top, left + 20 : left + 260].all() == (t == 300), t
 
 
+def test_what_v_does_and_few_labels_are_drawn_where_they_were_measured(tmp_path, monkeypatch):
+    """The gain has its interval beside it and stands below Fig. 4; each set of few.json has a panel
+    whose ticks are the numbers of labels."""
+    drawn, real = [], figures.line_panel
+
+    def keep(*args, **kw):
+        drawn.append((args[1], args[2], list(kw["x_ticks"].values())))
+        return real(*args, **kw)
+
+    monkeypatch.setattr(figures, "line_panel", keep)
+    monkeypatch.setattr(train, "RUNS", tmp_path)
+    files = {"config": {"method": "dier", "data": "glyphs"}}
+    files["probe"] = {"rows": [{"t": t, "top1": 50.0 + t, "top5": None} for t in (0, 999)]}
+    files["choose"] = {"rows": [{"t": 5, "gain": 0.5, "gain_low": 0.4, "gain_high": 0.7}]}
+    cells = (("v", 1, 30.0), ("v", 5, 60.0), ("pixels", 1, 20.0), ("pixels", 5, 25.0))
+    files["few"] = {"rows": [dict(zip(("features", "each", "accuracy"), cell)) for cell in cells]}
+    for name, value in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    run = figures.read_run(tmp_path)
+    monkeypatch.setattr(figures, "RUNS", tmp_path.parent)
+    figures.figure_4([run], tmp_path / "fig4.png")
+    figures.figure_few([run, run], tmp_path / "few.png")
+    (_, top, _), (box, gains, _), *panels = drawn
+    assert box[0] == 90 and box[1] > 450 and [line.y for line in top][0] == [50.0, 1049.0]
+    assert [(line.x, line.y) for line in gains] == [([5], [0.5]), ([5], [0.4]), ([5], [0.7])]
+    assert len(panels) == 2 and Image.open(tmp_path / "fig4.png").height == 830
+    for _, lines, ticks in panels:
+        assert ticks == ["1", "5"] and [line.x for line in lines] == [[0, 1], [0, 1]]
+        assert [line.y for line in lines] == [[30.0, 60.0], [20.0, 25.0]]
+    assert [line.name for line in panels[1][1]] == ["v", "pixels"]
+    bare = figures.Run(tmp_path, run.settings, [], run.probe, [], [])
+    figures.figure_4([bare], tmp_path / "fig4.png")
+    assert Image.open(tmp_path / "fig4.png").height == 510
+
+
 def test_features_are_standardised_by_a_sample_of_training_images(probed, monkeypatch):
     monkeypatch.setattr(figures, "STATISTICS", 20)
     index, vectors = np.array([0, 5, 7]), []
@@ -323,7 +358,8 @@ def test_several_runs_go_to_results_in_a_grid(probed, tmp_path, monkeypatch):
 def test_runs_of_one_method_and_set_do_not_cover_each_other(tmp_path):
     runs = []
     for method, name in (("dier", "a"), ("mae", "a"), ("dier", "b"), ("dier", "a"), ("dier", "b")):
-        runs.append(figures.Run(tmp_path, {"method": method, "data": f"at/{name}"}, [], None))
+        settings = {"method": method, "data": f"at/{name}"}
+        runs.append(figures.Run(tmp_path, settings, [], None, [], []))
     assert figures.places(runs) == [(0, 0), (1, 0), (0, 1), (2, 0), (2, 1)]
 
 
