@@ -366,7 +366,8 @@ def tokenizer_run(table: Table, settings: dict[str, Any]) -> Path:
     cell |= tokens.check(net, images, train.pick_device(settings["device"]))
     net, some = net.cpu(), np.array(images[:12])
     with torch.no_grad():
-        decoded = data.to_uint8(net.reconstruct(data.to_float(torch.from_numpy(some)))).numpy()
+        decoded = net.decode(net.codes(data.to_float(torch.from_numpy(some))))
+    decoded = data.to_uint8(decoded).numpy()
     rows = [("test image", some), ("from its codes", decoded)]
     image_grid(rows, [], folder / "reconstruction.png")
     write_json(folder / "cell.json", cell)

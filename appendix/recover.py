@@ -30,27 +30,9 @@ from torch import Tensor
 from appendix.baselines import METHODS, build
 from appendix.chart import image_grid
 from data import Split, fail, load, progress, sample, to_float, to_uint8
-from diffusion import (
-    T,
-    alphas_cumprod,
-    ddim_invert,
-    ddim_sample,
-    ddim_times,
-    predict_x0,
-    q_sample,
-)
+from diffusion import T, alphas_cumprod, ddim_invert, ddim_sample, ddim_times, predict_x0, q_sample
 from probe import TIMES
-from train import (
-    Parser,
-    count,
-    dier_loss,
-    find_run,
-    guard,
-    load_model,
-    number,
-    pick_device,
-    whole,
-)
+from train import Parser, count, dier_loss, find_run, guard, load_model, number, pick_device, whole
 
 MODES = ("recover", "interpolate", "swap", "timesteps")
 MEAN_SAMPLE, BLOCK = 2_000, 25  # training images whose mean v_t stands for that of all; at a time

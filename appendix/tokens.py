@@ -24,15 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from appendix.masked import (
-    ViT,
-    ViTBlock,
-    ViTConfig,
-    affine_norm,
-    gather,
-    init_linear,
-    vit_config,
-)
+from appendix.masked import ViT, ViTBlock, ViTConfig, affine_norm, gather, init_linear, vit_config
 from data import on_device, to_float
 from model import LayerNorm, attention
 
@@ -110,10 +102,6 @@ class Tokenizer(nn.Module):
         """(B, N) -> (B, C, H, W)."""
         return self.images(self.codebook[codes])
 
-    def reconstruct(self, x0: Tensor) -> Tensor:
-        """What the codes keep of an image: (B, C, H, W) -> the same."""
-        return self.decode(self.codes(x0))
-
     def revive(self, z: Tensor) -> None:
         """Move each code that has less than a tenth of its share of the vectors (R, E) to a random
         one of them. In the first step that is every code."""
@@ -162,12 +150,9 @@ def check(tokenizer: Tokenizer, images: np.ndarray, device: torch.device) -> dic
         error += (tokenizer.decode(codes) - x0).square().sum().item() / images.size
     rest = counts.sort().values[:-1]
     every, some = (torch.special.entr(n / n.sum().clamp(min=1)).sum().exp() for n in (counts, rest))
-    return {
-        "explained_variance": float(1 - error / (images.var() / 127.5**2)),
-        "perplexity": every.item(),
-        "perplexity_without_commonest": some.item(),
-        "used": (counts > 0).double().mean().item(),
-    }
+    found = {"explained_variance": float(1 - error / (images.var() / 127.5**2))}
+    found |= {"perplexity": every.item(), "perplexity_without_commonest": some.item()}
+    return found | {"used": (counts > 0).double().mean().item()}
 
 
 # ---------------------------------------------------------------------------- CAE
@@ -208,9 +193,8 @@ class ScaledBlock(ViTBlock):
 
 
 class RegressorBlock(ScaledBlock):
-    """Cross-attention: hidden latents (B, Q, D) look at all latents (B, N, D), with the positions
-    of both -> (B, Q, D). Queries and keys have positions, values none; the second norm stands in
-    the residual stream."""
+    """Cross-attention of the hidden latents (B, Q, D) to all (B, N, D) -> (B, Q, D). Queries and
+    keys have positions, values none; the second norm stands in the residual stream."""
 
     def __init__(self, width: int, heads: int):
         super().__init__(width, heads)
@@ -380,9 +364,7 @@ class MAGE(nn.Module):
 
 
 # ---------------------------------------------------------------------------- sizes
-#
 # CAE and MAGE have the ViT of masked.py's table and codes of its patches.
-
 # fmt: off
 TABLE = {
     #            tokenizer        CAE   MAGE

@@ -140,7 +140,7 @@ def test_tokenizer_has_one_code_a_patch_in_row_major_order(patch, size):
     net = tokens.Tokenizer(replace(CONFIG, patch=patch, size=size), 16, 8, 32).eval()
     side, x0 = size // patch, torch.zeros(1, 1, size, size)
     assert net.codes(x0).shape == (1, side**2) and net.codes(x0).dtype == torch.int64
-    assert net.reconstruct(x0).shape == x0.shape
+    assert net.decode(net.codes(x0)).shape == x0.shape
     x0[..., :patch, -patch:] = 1  # the last patch of the first row
     moved = (net.vectors(x0) - net.vectors(0 * x0)).square().sum(2).view(side, side)
     top, bottom = moved.detach().split(side // 2)
@@ -237,7 +237,7 @@ def test_check_against_counting_by_hand():
     x = data.to_uint8(images(300)).numpy()  # two batches
     x0 = data.to_float(torch.from_numpy(x))
     found = tokens.check(net, x, CPU)
-    error = (net.reconstruct(x0) - x0).square().mean().item()
+    error = (net.decode(net.codes(x0)) - x0).square().mean().item()
     assert found["explained_variance"] == pytest.approx(
         1 - error / x0.var(correction=0).item(), rel=1e-4
     )
@@ -553,7 +553,8 @@ def learned():
 
 def test_the_tokenizer_overfits_sixteen_images(learned):
     x0 = images(16)
-    error = (learned.eval().reconstruct(x0) - x0).square().mean()
+    learned.eval()
+    error = (learned.decode(learned.codes(x0)) - x0).square().mean()
     assert error < 0.3 * x0.var(0, correction=0).mean()  # of the best constant image
     found = tokens.check(learned, data.to_uint8(x0).numpy(), CPU)
     assert found["explained_variance"] > 0.7 and found["used"] > 0.3
