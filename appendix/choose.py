@@ -3,28 +3,22 @@
     python -m appendix.choose                   the newest run: a table over t, a t, what to do next
     python -m appendix.choose --name mnist --data glyphs        for the images of another set
     python -m appendix.choose --export v.npz    and save v_t at that t, of a set without labels too
-    python -m appendix.choose --labels          beside the truth: what each criterion loses
     python -m appendix.choose --few             v_t with 1 to 100 labelled images a class
 
-All criteria look at the same 1,000 test images, never at their labels, at 20 t:
+The t is the one at which noise and fine detail are even: abar_t / (1 - abar_t), times the images'
+mean power above half the Nyquist frequency, is nearest to 1. It needs no network and no label. Four
+criteria that do need the network lost more accuracy; results/README.md has all five. 1,000 training
+images are enough.
 
-    rank      effective rank of v_t: how many directions it uses (RankMe, arXiv 2210.02885)
-    gain      MSE of the noise with another image's v_t less that with the right one, same x_t
-    relative  the same, in units of the MSE with the right one
-    high      share of high frequencies in the DiT's tokens (as A-SelecT does, arXiv 2603.25758)
-    snr       no network: abar_t / (1 - abar_t), times the images' mean power above half the Nyquist
-              frequency; at 1 the noise is as strong as their fine detail
+The table shows at 20 t what v does for the network: its gain, the MSE of the noise with another
+image's v_t less that with the right one, from the same x_t, over 1,000 test images.
 
-A criterion takes the t where it is largest, snr that where it is nearest to 1. The result is
-choose.json in the run's folder: name, data, images, chosen_t, criterion, criteria {name: {t}}, rows
-[{t, rank, right, wrong, gain, gain_low, gain_high, relative, relative_low, relative_high, high,
-snr}], right and wrong the two MSE, low and high the ends of 95% intervals, and where it comes from.
-With --labels it is choose-labels.json: rows have accuracy too, that of a ridge classifier in
-percent, and criteria spearman, the rank correlation with it, and lost, the points lost at its t.
-With --few it is few.json: images, chosen_t, and rows [{features, each, accuracy, std, draws}].
+The result is choose.json in the run's folder: name, data, images, power, chosen_t, rows [{t, snr,
+right, wrong, gain, gain_low, gain_high}], right and wrong the two MSE, low and high the ends of a
+95% interval, and where it comes from. With --few also few.json: images, power, chosen_t, and rows
+[{features, each, accuracy, std, draws}].
 
-Shapes: B batch, N images, C channels, H W pixels, S side of the grid of tokens, D width,
-V = 1024, K classes.
+Shapes: B batch, N images, C channels, H W pixels, V = 1024, K classes.
 """
 
 import math
@@ -50,68 +44,31 @@ from model import DiER
 from train import RUNS, Parser, find_run, guard, load_model, origin, pick_device, read_config
 
 TIMES = [0, 20, 50, *range(100, 801, 50), 900, 999]
-IMAGES, BLOCK = 1_000, 100  # test images that the criteria see; at a time
-DEFAULT = "snr"  # the criterion that chooses: it loses least on glyphs and MNIST
-LABELLED, TESTED = 4_000, 4_000  # training and test images behind --labels and --few
+IMAGES, BLOCK = 1_000, 100  # images behind t and behind the gain; at a time
+TESTED = 4_000  # test images behind --few
 EACH, DRAWS = (1, 5, 10, 100), 5  # of --few: labelled images a class; how often they are drawn
 
-# ---------------------------------------------------------------------------- criteria
-
-
-def effective_rank(v: Tensor) -> float:
-    """RankMe: exp of the entropy of the singular values of v (N, V), which sum to 1: from 1, all
-    rows are multiples of one, to min(N, V). In float64: the rounding of half precision looks like
-    hundreds of small directions."""
-    p = torch.linalg.svdvals(v.double())
-    p = p / p.sum()
-    return torch.special.entr(p).sum().exp().item()
-
-
-def ratio(top: Tensor, bottom: Tensor) -> tuple[float, float, float]:
-    """mean(top) / mean(bottom) over the images, (N,) each, and the ends of its 95% interval by the
-    delta method; with a bottom of ones it is the mean of top and its usual interval."""
-    value = top.mean() / bottom.mean()
-    error = (top - value * bottom).std() / bottom.mean() / math.sqrt(len(top))
-    return value.item(), (value - 1.96 * error).item(), (value + 1.96 * error).item()
-
-
-def fine(side: int) -> Tensor:
-    """Which coefficients of a side x side Fourier transform lie above half the Nyquist frequency,
-    along rows or columns: bool (side, side)."""
-    frequency = torch.fft.fftfreq(side).abs()  # cycles a pixel; Nyquist is 1/2
-    return torch.maximum(frequency[:, None], frequency[None]) > 0.25
-
-
-def high_share(tokens: Tensor) -> Tensor:
-    """Share of the power above half the Nyquist frequency of the token grid, over all channels:
-    tokens (B, S * S, D) in row-major order -> (B,)."""
-    side = math.isqrt(tokens.shape[1])
-    grid = tokens.float().transpose(1, 2).unflatten(2, (side, side))  # (B, D, S, S)
-    power = torch.fft.fft2(grid).abs().square().sum(1)  # (B, S, S)
-    high = fine(side).to(power.device)
-    return (power * high).sum((1, 2)) / power.sum((1, 2))
+# ---------------------------------------------------------------------------- t
 
 
 def fine_power(x0: Tensor) -> float:
-    """Mean power of the coefficients of x0 (N, C, H, W) above half the Nyquist frequency. The scale
-    is that in which the noise eps has power 1 at each frequency."""
+    """Mean power of the Fourier coefficients of x0 (N, C, H, W) above half the Nyquist frequency,
+    along rows or columns. In this scale the noise eps has power 1 at each frequency."""
+    frequency = torch.fft.fftfreq(x0.shape[2], device=x0.device).abs()  # Nyquist is 1/2
+    fine = torch.maximum(frequency[:, None], frequency[None]) > 0.25  # (H, W)
     power = torch.fft.fft2(x0, norm="ortho").abs().square().mean((0, 1))  # (H, W)
-    return power[fine(x0.shape[2]).to(power.device)].mean().item()
+    return power[fine].mean().item()
 
 
-CRITERIA = {  # name -> what is to be largest, of a row
-    "rank": lambda row: row["rank"],
-    "gain": lambda row: row["gain"],
-    "relative": lambda row: row["relative"],
-    "high": lambda row: row["high"],
-    "snr": lambda row: -abs(math.log(row["snr"])),
-}
+def snr(power: float) -> Tensor:
+    """Power of what is left of the images' fine detail in x_t over that of the noise: (1000,)."""
+    abar = alphas_cumprod()
+    return power * abar / (1 - abar)
 
 
-def chosen(rows: list[dict[str, Any]], criterion: str) -> int:
-    """The t that a criterion chooses, the smallest of equals."""
-    score = CRITERIA[criterion]
-    return max(rows, key=lambda row: (score(row), -row["t"]))["t"]
+def even_t(power: float) -> int:
+    """The t at which fine detail and noise are nearest to even."""
+    return snr(power).log().abs().argmin().item()
 
 
 # ---------------------------------------------------------------------------- measuring
@@ -126,39 +83,24 @@ def pick_images(split: Split, n: int) -> np.ndarray:
 
 @torch.no_grad()
 def measure(model: DiER, x0: Tensor, t: int, abar: Tensor) -> dict[str, Any]:
-    """All criteria but snr at one t, in full precision: a row of images x0 (N, C, H, W). Each image
-    is denoised twice from the same x_t, with its own v and with that of the image before."""
+    """The gain of v at one t, in full precision: a row of images x0 (N, C, H, W). Each image is
+    denoised twice from the same x_t, with its own v and with that of the image before."""
     v = torch.cat([encode(model, part, t) for part in x0.split(BLOCK)])  # (N, V)
-    parts = [x.split(BLOCK) for x in (x0, standard_noise(x0, 0), v, v.roll(1, 0))]
-    right, wrong, high, tokens = [], [], [], []
-    last = model.dit.blocks[-1]
-    with last.register_forward_hook(lambda block, inputs, output: tokens.append(output)):
-        for part, eps, own, other in zip(*parts):
-            x_t = q_sample(part, torch.full((len(part),), t, device=x0.device), eps, abar)
-            right.append(eps_loss(predict_eps(model, x_t, t, own), eps))
-            high.append(high_share(tokens.pop()))
-            wrong.append(eps_loss(predict_eps(model, x_t, t, other), eps))
-            tokens.clear()
+    right, wrong = [], []
+    for part, eps, own, other in zip(
+        *(x.split(BLOCK) for x in (x0, standard_noise(x0, 0), v, v.roll(1, 0)))
+    ):
+        x_t = q_sample(part, torch.full((len(part),), t, device=x0.device), eps, abar)
+        right.append(eps_loss(predict_eps(model, x_t, t, own), eps))
+        wrong.append(eps_loss(predict_eps(model, x_t, t, other), eps))
     right, wrong = torch.cat(right).double(), torch.cat(wrong).double()  # (N,) each
-    row = {"t": t, "rank": effective_rank(v), "high": torch.cat(high).mean().item()}
-    row |= {"right": right.mean().item(), "wrong": wrong.mean().item()}
-    for key, unit in (("gain", torch.ones_like(right)), ("relative", right)):
-        ends = (key, f"{key}_low", f"{key}_high")
-        row |= dict(zip(ends, ratio(wrong - right, unit)))
-    return row
+    gain = (wrong - right).mean().item()
+    half = 1.96 * (wrong - right).std().item() / math.sqrt(len(x0))
+    row = {"t": t, "right": right.mean().item(), "wrong": wrong.mean().item()}
+    return row | {"gain": gain, "gain_low": gain - half, "gain_high": gain + half}
 
 
-def measure_all(model: DiER, images: np.ndarray, device: torch.device) -> list[dict[str, Any]]:
-    """The row of each of the 20 t for uint8 images (N, C, H, W)."""
-    x0, abar = to_float(torch.from_numpy(images).to(device)), alphas_cumprod()
-    power, rows = fine_power(x0), []
-    for t in progress(TIMES, "criteria", len(TIMES), "times"):
-        row = measure(model, x0, t, abar.to(x0))
-        rows.append({**row, "snr": (power * abar[t] / (1 - abar[t])).item()})
-    return rows
-
-
-# ---------------------------------------------------------------------------- with labels
+# ---------------------------------------------------------------------------- with few labels
 
 
 def accuracy(train: Tensor, test: Tensor, y: Tensor, y_test: Tensor, classes: int) -> float:
@@ -167,46 +109,6 @@ def accuracy(train: Tensor, test: Tensor, y: Tensor, y_test: Tensor, classes: in
     targets = F.one_hot(y, classes).float()
     scores = test.float() @ probe.ridge(train.float(), targets - targets.mean(0))  # (M, K)
     return 100 * (scores.argmax(1) == y_test).double().mean().item()
-
-
-def spearman(a: list[float], b: list[float]) -> float:
-    """Rank correlation of two lists, in [-1, 1]; equal values share the mean of their ranks, and a
-    constant list correlates with nothing: 0."""
-    ranks = []
-    for values in (np.array(a), np.array(b)):
-        below = (values[:, None] > values).sum(1)
-        ranks.append(below + ((values[:, None] == values).sum(1) - 1) / 2)
-    ranks = [rank - rank.mean() for rank in ranks]
-    length = math.prod(math.sqrt((rank**2).sum()) for rank in ranks)
-    return float(ranks[0] @ ranks[1] / length) if length else 0.0
-
-
-def add_truth(
-    rows: list[dict[str, Any]], model: DiER, splits: tuple[Split, Split], device: torch.device
-) -> None:
-    """Put the accuracy at its t into each row: ridge on 4,000 training images, measured on 4,000
-    test images, equal over classes."""
-    images, labels = [], []
-    for split, n in zip(splits, (LABELLED, TESTED)):
-        index = sample(split.labels, len(split.images), n, 0)
-        images.append(split.images[index])
-        labels.append(torch.from_numpy(split.labels[index]).to(device))
-    for row in rows:
-        t = row["t"]
-        v = [probe.encode(model.encoder, part, t, device, f"v_{t}") for part in images]
-        row["accuracy"] = accuracy(*probe.standardise(*v), *labels, len(splits[0].class_names))
-
-
-def compare(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """What each criterion says: {name: {t}}, and beside the truth {name: {t, spearman, lost}}."""
-    found = {}
-    for name, score in CRITERIA.items():
-        found[name] = {"t": chosen(rows, name)}
-        if "accuracy" in rows[0]:
-            truth = {row["t"]: row["accuracy"] for row in rows}
-            found[name]["spearman"] = spearman([score(row) for row in rows], list(truth.values()))
-            found[name]["lost"] = max(truth.values()) - truth[found[name]["t"]]
-    return found
 
 
 def draw_few(labels: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
@@ -258,21 +160,14 @@ def few_labels(
 # ---------------------------------------------------------------------------- command line
 
 
-def print_rows(rows: list[dict[str, Any]], criteria: dict[str, dict[str, float]]) -> None:
-    """The table over t, and what each criterion says."""
-    truth = "accuracy" in rows[0]
-    print(f"\n   t    rank     gain +-       relative +-     high       snr{'  accuracy' * truth}")
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """The table over t."""
+    print("\n   t       snr   MSE, own v  another's     gain +-")
     for row in rows:
-        gain, relative = (row[f"{key}_high"] - row[key] for key in ("gain", "relative"))
         print(
-            f"{row['t']:>4}  {row['rank']:6.2f}  {row['gain']:7.4f} {gain:.4f}  "
-            f"{row['relative']:8.2f} {relative:5.2f}  {row['high']:7.4f}  {row['snr']:8.3g}"
-            + (f"  {row['accuracy']:8.2f}" if truth else "")
+            f"{row['t']:>4}  {row['snr']:8.3g}  {row['right']:11.4f}  {row['wrong']:9.4f}  "
+            f"{row['gain']:7.4f} {row['gain_high'] - row['gain']:.4f}"
         )
-    print(f"\ncriterion     t{'  correlation  points lost' * truth}")
-    for name, found in criteria.items():
-        more = f"  {found['spearman']:11.2f}  {found['lost']:11.2f}" if truth else ""
-        print(f"{name:10} {found['t']:4}{more}")
 
 
 def print_few(rows: list[dict[str, Any]], t: int) -> None:
@@ -312,7 +207,6 @@ def build_parser() -> Parser:
     p.add_argument("--data-dir", help="sets live here (the run's)")
     p.add_argument("--device", help="auto, cpu, cuda, cuda:1 (auto: cuda if any)")
     p.add_argument("--export", metavar="FILE.npz", help="save v_t at the chosen t")
-    p.add_argument("--labels", action="store_true", help="compare with the accuracy at each t")
     p.add_argument("--few", action="store_true", help="accuracy with few labels at the chosen t")
     return p
 
@@ -334,9 +228,8 @@ def open_run(
     name, data_dir = typed.get("data", settings["data"]), typed.get("data_dir")
     where = Path(data_dir or settings["data_dir"])
     splits = load(name, settings["size"], settings["channels"], where)
-    for flag in ("labels", "few"):
-        if flag in typed and len(splits[0].class_names) < 2:
-            fail(f"{name} has no classes, and --{flag} needs two: lay it out as CLASS/*")
+    if "few" in typed and len(splits[0].class_names) < 2:
+        fail(f"{name} has no classes, and --few needs two: lay it out as CLASS/*")
     if len(splits[1].images) < 2:
         fail(f"{name} has one test image, and the v of another needs two")
     return folder, model.to(device), saved, splits
@@ -352,39 +245,38 @@ def next_command(typed: dict[str, Any], t: int, labelled: bool) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure the criteria on a run, choose t, say what comes next."""
+    """Choose t, measure the gain of v, say what comes next."""
     argv = sys.argv[1:] if argv is None else argv
     typed = vars(build_parser().parse_args(argv))
     device = pick_device(typed.get("device", "auto"))
     folder, model, saved, splits = open_run(typed, device)
     settings, labelled = saved["settings"], len(splits[0].class_names) > 1
-    images = pick_images(splits[1], IMAGES)
-    print(f"{folder}, step {saved['step']:,}, {device}: {len(images):,} test images")
-    rows = measure_all(model, images, device)
-    if "labels" in typed:
-        add_truth(rows, model, splits, device)
-    criteria = compare(rows)
-    print_rows(rows, criteria)
-    t, name = criteria[DEFAULT]["t"], typed.get("data", settings["data"])
-    result = {"name": str(folder.relative_to(RUNS)), "data": name, "images": len(images)}
-    result |= {"chosen_t": t, "criterion": DEFAULT, "step": saved["step"]}
+    x0_train, x0 = (to_float(torch.from_numpy(pick_images(split, IMAGES))) for split in splits)
+    print(f"{folder}, step {saved['step']:,}, {device}: {len(x0):,} test images")
+    x0, abar = x0.to(device), alphas_cumprod().to(device, torch.float32)
+    power = fine_power(x0_train)
+    t, ratios = even_t(power), snr(power)
+    rows = []
+    for each in progress(TIMES, "gain of v", len(TIMES), "times"):
+        rows.append({"snr": ratios[each].item()} | measure(model, x0, each, abar))
+    print_rows(rows)
+    name = typed.get("data", settings["data"])
+    result = {"name": str(folder.relative_to(RUNS)), "data": name, "images": len(x0)}
+    result |= {"power": power, "chosen_t": t, "step": saved["step"]}
     result |= origin(["-m", "appendix.choose", *argv])
-    files = {
-        "choose-labels" if "labels" in typed else "choose": {"criteria": criteria, "rows": rows}
-    }
+    files = {"choose": rows}
     if "few" in typed:
-        few = few_labels(model, settings, splits, t, device)
-        print_few(few, t)
-        files["few"] = {"rows": few}
+        files["few"] = few_labels(model, settings, splits, t, device)
+        print_few(files["few"], t)
     other = "" if name == settings["data"] else re.sub(r"[^\w.-]+", "_", f"-data-{name}")
     for stem, content in files.items():
         path = folder / f"{stem}{other}.json"
-        write_json(path, result | content)
+        write_json(path, result | {"rows": content})
         print(f"saved: {path}")
     if "export" in typed:
         export(Path(typed["export"]), model, splits, t, device)
     after = "" if "export" in typed else f"; next: {next_command(typed, t, labelled)}"
-    print(f"t = {t} by {DEFAULT}{after}")
+    print(f"t = {t}: noise and fine detail are even{after}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""appendix/choose.py: each criterion against NumPy, what is read of the labels, the command."""
+"""appendix/choose.py: its t and its gain against NumPy, what is read of the labels, the command."""
 
 import json
 import math
@@ -18,9 +18,8 @@ import probe
 import train
 from appendix import choose
 
-CPU = torch.device("cpu")
-KEYS = {"t", "rank", "right", "wrong", "high", "snr"}
-KEYS |= {f"{key}{end}" for key in ("gain", "relative") for end in ("", "_low", "_high")}
+CPU, TIMES = torch.device("cpu"), choose.TIMES
+KEYS = {"t", "snr", "right", "wrong", "gain", "gain_low", "gain_high"}
 
 
 def tiny_dier():
@@ -37,80 +36,40 @@ def pixels(n, side=8):
     return np.random.default_rng(n).integers(0, 256, (n, 1, side, side), np.uint8)
 
 
-# ---------------------------------------------------------------------------- criteria
-
-
-def test_effective_rank_against_numpy_and_at_both_ends():
-    torch.manual_seed(0)
-    v = torch.randn(50, 20) @ torch.randn(20, 30) + 1.0
-    values = np.linalg.svd(v.double().numpy(), compute_uv=False)
-    p = values / values.sum()
-    want = np.exp(-sum(x * np.log(x) for x in p if x > 0))
-    assert choose.effective_rank(v) == pytest.approx(want, rel=1e-9) and 5 < want < 21
-    assert choose.effective_rank(torch.eye(7)) == pytest.approx(7)
-    assert choose.effective_rank(3 * torch.ones(9, 4)) == pytest.approx(1)
-
-
-def test_a_ratio_and_its_interval_against_a_bootstrap():
-    rng = np.random.default_rng(0)
-    bottom = rng.uniform(1, 3, 400)
-    top = 2 * bottom + rng.normal(0, 1, 400)
-    mean, low, high = choose.ratio(torch.from_numpy(top), torch.ones(400))
-    half = 1.96 * top.std(ddof=1) / 20
-    assert np.allclose([mean, low, high], [top.mean(), top.mean() - half, top.mean() + half])
-    value, low, high = choose.ratio(torch.from_numpy(top), torch.from_numpy(bottom))
-    draws = rng.integers(0, 400, (4000, 400))
-    resampled = top[draws].mean(1) / bottom[draws].mean(1)
-    assert value == pytest.approx(top.mean() / bottom.mean())
-    assert np.allclose([low, high], np.quantile(resampled, [0.025, 0.975]), atol=0.006)
+# ---------------------------------------------------------------------------- t and gain
 
 
 def high_power(image):
-    """Power of an image (S, S) above half the Nyquist frequency, and all of it: a plain DFT."""
-    side, high, total = len(image), 0.0, 0.0
+    """Power of an image (S, S) above half the Nyquist frequency: a plain DFT."""
+    side, high = len(image), 0.0
     place = np.arange(side)
     for a in range(side):
         for b in range(side):
             wave = np.exp(-2j * np.pi * (a * place[:, None] + b * place) / side)
-            power = abs((image * wave).sum()) ** 2 / side**2
-            total += power
             if max(min(a, side - a), min(b, side - b)) / side > 0.25:
-                high += power
-    return high, total
-
-
-@pytest.mark.parametrize("side", [2, 4, 6])
-def test_the_share_of_high_frequencies_against_a_plain_dft(side):
-    torch.manual_seed(0)
-    tokens = torch.randn(3, side * side, 5, dtype=torch.float64) + 0.5
-    got = choose.high_share(tokens)
-    for image, share in zip(tokens.numpy(), got):
-        powers = [high_power(channel.reshape(side, side)) for channel in image.T]
-        want = sum(high for high, _ in powers) / sum(total for _, total in powers)
-        assert share.item() == pytest.approx(want, rel=1e-5) and 0.1 < want < 0.95
-    place = torch.arange(side)
-    board = (-1.0) ** (place[:, None] + place).reshape(1, -1, 1)
-    assert choose.high_share(board).item() == pytest.approx(1)
-    assert choose.high_share(torch.ones(1, side * side, 2)).item() == pytest.approx(0)
+                high += abs((image * wave).sum()) ** 2 / side**2
+    return high
 
 
 def test_the_fine_power_of_images_is_1_for_noise_and_a_plain_dft_for_the_rest():
     torch.manual_seed(0)
     x0 = torch.randn(4, 2, 6, 6)
-    powers = [high_power(channel)[0] for image in x0.numpy() for channel in image]
+    powers = [high_power(channel) for image in x0.numpy() for channel in image]
     coefficients = sum(max(min(a, 6 - a), min(b, 6 - b)) > 1.5 for a in range(6) for b in range(6))
     assert choose.fine_power(x0) == pytest.approx(np.mean(powers) / coefficients, rel=1e-5)
     assert choose.fine_power(torch.randn(500, 1, 16, 16)) == pytest.approx(1, abs=0.02)
 
 
-def test_snr_chooses_the_t_at_which_noise_and_fine_detail_are_even():
-    abar, power = diffusion.alphas_cumprod(), 0.03
-    snr = [(power * abar[t] / (1 - abar[t])).item() for t in range(1000)]
-    rows = [{"t": t, "snr": x} for t, x in enumerate(snr)]
-    t = choose.chosen(rows, "snr")
-    assert snr[t - 1] > 1 > snr[t + 1] and 0 < t < 999
-    flat = [{"t": t, "rank": 2.0} for t in (300, 100, 200)]
-    assert choose.chosen(flat, "rank") == 100  # the smallest of equals
+@pytest.mark.parametrize("power", [0.003, 0.03, 0.8])
+def test_t_is_where_noise_and_fine_detail_are_even(power):
+    betas, abar, want = np.linspace(1e-4, 0.02, 1000), 1.0, []
+    for beta in betas:
+        abar *= 1 - beta
+        want.append(power * abar / (1 - abar))
+    assert np.allclose(choose.snr(power), want, rtol=1e-6)
+    t = choose.even_t(power)
+    assert want[t - 1] > 1 > want[t + 1] and 0 < t < 300
+    assert choose.even_t(1e-9) == 0 and choose.even_t(1e9) == 999
 
 
 @pytest.mark.parametrize("t", [0, 400, 999])
@@ -120,8 +79,7 @@ def test_a_row_against_one_image_at_a_time(t, monkeypatch):
     x0 = data.to_float(torch.from_numpy(pixels(10)))
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     got = choose.measure(net, x0, t, abar)
-    seen, right, wrong, high, when = [], [], [], [], torch.tensor([t])
-    net.dit.blocks[-1].register_forward_hook(lambda block, x, out: seen.append(out[0]))
+    right, wrong, when = [], [], torch.tensor([t])
     with torch.no_grad():
         v = [net.encoder(image[None], when) for image in x0]
         for i in range(10):
@@ -129,28 +87,12 @@ def test_a_row_against_one_image_at_a_time(t, monkeypatch):
             for errors, k in ((right, i), (wrong, i - 1)):
                 guess = net.dit(x_t[None], when, v[k])[0]
                 errors.append((guess - eps[i]).square().mean().item())
-            powers = [high_power(channel.reshape(4, 4)) for channel in seen[-2].numpy().T]
-            high.append(sum(x for x, _ in powers) / sum(x for _, x in powers))
     gain = np.array(wrong) - right
+    half = 1.96 * gain.std(ddof=1) / math.sqrt(10)
     want = {"t": t, "right": np.mean(right), "wrong": np.mean(wrong), "gain": gain.mean()}
-    want |= {"relative": gain.mean() / np.mean(right), "high": np.mean(high)}
-    want |= {"rank": choose.effective_rank(torch.cat(v))}
-    assert {key: got[key] for key in want} == pytest.approx(want, rel=1e-3, abs=1e-5)
+    want |= {"gain_low": gain.mean() - half, "gain_high": gain.mean() + half}
+    assert got == pytest.approx(want, rel=1e-3, abs=1e-5)
     assert got.keys() == KEYS - {"snr"} and abs(gain.mean()) > 1e-3
-    assert got["gain_low"] < got["gain"] < got["gain_high"]
-    assert not net.dit.blocks[0]._forward_hooks
-
-
-def test_all_rows_have_the_20_times_and_a_falling_snr(monkeypatch):
-    monkeypatch.setattr(choose, "measure", lambda model, x0, t, abar: {"t": t})
-    rows = choose.measure_all(None, pixels(20), CPU)
-    assert [row["t"] for row in rows] == choose.TIMES and len(rows) == 20
-    assert {0, 999} <= set(choose.TIMES) <= set(range(1000))
-    power, abar = choose.fine_power(data.to_float(torch.from_numpy(pixels(20)))), 1.0
-    betas = np.linspace(1e-4, 0.02, 1000)
-    for row in rows:
-        abar = np.prod(1 - betas[: row["t"] + 1])
-        assert row["snr"] == pytest.approx(power * abar / (1 - abar), rel=1e-6)
 
 
 def test_the_sample_of_images_is_shuffled_and_the_same_each_time():
@@ -163,28 +105,7 @@ def test_the_sample_of_images_is_shuffled_and_the_same_each_time():
     assert len(choose.pick_images(split, 1000)) == 500
 
 
-# ---------------------------------------------------------------------------- with labels
-
-
-def test_spearman_against_the_formula_and_with_equal_values():
-    rng = np.random.default_rng(0)
-    a, b = rng.permutation(20), rng.permutation(20)
-    want = 1 - 6 * ((a - b) ** 2).sum() / (20 * (400 - 1))  # permutations are their own ranks
-    assert choose.spearman(list(np.exp(a)), list(b**3)) == pytest.approx(want)
-    assert choose.spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    assert choose.spearman([1, 2, 3], [6, 5, 4]) == pytest.approx(-1)
-    assert choose.spearman([1, 2, 3], [7, 7, 7]) == 0
-
-
-def test_points_lost_are_those_between_the_best_t_and_the_chosen_one():
-    rows = [{"t": t, "rank": t, "gain": -t, "relative": 0, "high": 0, "snr": 1} for t in (0, 1, 2)]
-    assert choose.compare(rows)["rank"] == {"t": 2}
-    for row, truth in zip(rows, (50.0, 70.0, 60.0)):
-        row["accuracy"] = truth
-    found = choose.compare(rows)
-    assert found["rank"] == {"t": 2, "spearman": pytest.approx(0.5), "lost": 10}
-    assert found["gain"] == {"t": 0, "spearman": pytest.approx(-0.5), "lost": 20}
-    assert found.keys() == choose.CRITERIA.keys()
+# ---------------------------------------------------------------------------- with few labels
 
 
 def test_the_accuracy_of_ridge_against_numpy():
@@ -291,18 +212,20 @@ def test_the_table_the_choice_and_the_next_command(trained, capsys):
     result = json.loads((trained / "choose.json").read_text())
     rows = result["rows"]
     assert [row["t"] for row in rows] == [0, 300, 999] and set(rows[0]) == KEYS
-    assert result["chosen_t"] == result["criteria"]["snr"]["t"] == choose.chosen(rows, "snr")
+    x0 = data.to_float(torch.from_numpy(data.load("set", 8, 3, Path("data"))[0].images))
+    power, t = choose.fine_power(x0), result["chosen_t"]
+    assert result["power"] == pytest.approx(power) and t == choose.even_t(power)
+    assert [row["snr"] for row in rows] == choose.snr(result["power"])[[0, 300, 999]].tolist()
     assert (result["name"], result["data"], result["images"]) == ("set", "set", 40)
-    documented = [*result, *rows[0], *result["criteria"]["rank"]]
     sources = ("step", "command", "commit", "versions", "machine")
-    assert all(key in choose.__doc__ for key in documented if key not in sources)
-    t = result["chosen_t"]
+    assert all(key in choose.__doc__ for key in [*result, *rows[0]] if key not in sources)
     table = [line.split() for line in out.splitlines()]
-    shown = [(line[0], line[1]) for line in table if len(line) == 8 and line[0].isdigit()]
-    assert shown == [(str(row["t"]), f"{row['rank']:.2f}") for row in rows]
-    assert all([name, str(found["t"])] in table for name, found in result["criteria"].items())
-    assert out.endswith(f"t = {t} by snr; next: python probe.py --t {t} --device cpu\n")
+    shown = [(line[0], line[4]) for line in table if len(line) == 6 and line[0].isdigit()]
+    assert shown == [(str(row["t"]), f"{row['gain']:.4f}") for row in rows]
+    last = f"t = {t}: noise and fine detail are even; next: python probe.py --t {t} --device cpu"
+    assert out.endswith(f"\n{last}\n")
     assert {path.name for path in trained.glob("*.json")} == {"config.json", "choose.json"}
+    assert {0, 999} <= set(TIMES) <= set(range(1000)) and len(TIMES) == 20
 
 
 def test_the_next_command_repeats_what_was_typed(trained, capsys):
@@ -330,29 +253,8 @@ def test_no_label_is_read_without_a_flag_that_needs_it(trained, monkeypatch):
 
     monkeypatch.setattr(choose, "load", load)
     run()
-    for flag in ("--labels", "--few"):
-        with pytest.raises(AssertionError, match="a label was read"):
-            run(flag)
-
-
-def test_labels_compare_each_criterion_with_the_accuracy(trained, monkeypatch, capsys):
-    class Planted(torch.nn.Module):
-        """Pixels at t = 300, nothing elsewhere."""
-
-        def forward(self, x0, t):
-            return x0.flatten(1) * (t[0] == 300)
-
-    net, saved = train.load_model(trained)
-    net.encoder = Planted()
-    monkeypatch.setattr(choose, "load_model", lambda folder: (net, saved))
-    monkeypatch.setattr(choose, "measure", lambda model, x0, t, abar: {key: t for key in KEYS})
-    run("--labels")
-    assert "correlation  points lost" in capsys.readouterr().out
-    result = json.loads((trained / "choose-labels.json").read_text())
-    truth = {row["t"]: row["accuracy"] for row in result["rows"]}
-    assert truth == {0: 50, 300: 100, 999: 50}
-    assert result["criteria"]["rank"]["lost"] == result["criteria"]["gain"]["lost"] == 50
-    assert not (trained / "choose.json").exists()
+    with pytest.raises(AssertionError, match="a label was read"):
+        run("--few")
 
 
 def test_few_labels_beside_pixels_and_a_random_encoder(trained, capsys):
@@ -378,9 +280,9 @@ def test_a_folder_without_labels_gets_a_t_and_an_export(trained, capsys):
     *_, last = capsys.readouterr().out.splitlines()
     t = json.loads((train.RUNS / "flat/choose.json").read_text())["chosen_t"]
     command = "python -m appendix.choose --name flat --device cpu --export v.npz"
-    assert last == f"t = {t} by snr; next: {command}"
+    assert last == f"t = {t}: noise and fine detail are even; next: {command}"
     choose.main(command.split()[3:])
-    assert f"saved: v.npz\nt = {t} by snr\n" in capsys.readouterr().out
+    assert f"saved: v.npz\nt = {t}: noise and fine detail are even\n" in capsys.readouterr().out
     model, _ = train.load_model(train.RUNS / "flat")
     splits = data.load("flat", 8, 3, Path("data"))
     with np.load("v.npz") as file:
@@ -396,7 +298,6 @@ def test_a_folder_without_labels_gets_a_t_and_an_export(trained, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--name", "flat", "--labels"], "flat has no classes, and --labels needs two"),
         (["--name", "flat", "--few"], "flat has no classes, and --few needs two: lay it out as"),
         (["--name", "none"], "no checkpoint in runs/none"),
         (["--name", "mae"], "runs/mae is a run of mae: t is chosen for runs of dier alone"),
@@ -411,7 +312,7 @@ def test_bad_input_is_one_line(trained, flags, words, monkeypatch, capsys):
     shutil.copytree(trained, train.RUNS / "mae")
     config = json.loads((trained / "config.json").read_text()) | {"method": "mae"}
     (train.RUNS / "mae/config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(choose, "measure_all", None)  # a call would be an error of another kind
+    monkeypatch.setattr(choose, "measure", None)  # a call would be an error of another kind
     assert words in fails(capsys, run, *flags)
     assert not list(train.RUNS.glob("*/choose*.json"))
 
