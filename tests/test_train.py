@@ -336,8 +336,8 @@ def test_bad_input_is_one_line_and_status_2(folder, tmp_path, capsys):
     ]:
         argv = [*TINY, *flags, *["--data", folder][: 2 * ("--data" not in flags)]]
         assert words in fails(capsys, train.main, argv), flags
-    done = script("train.py", *TINY, "--data", folder, "--name", "file", cwd=tmp_path)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "file" in done.stderr
+    argv = [*TINY, "--data", folder, "--name", "file"]
+    assert "runs/file" in fails(capsys, train.guard, lambda: train.main(argv))
     assert files == {p: p.read_bytes() for p in train.RUNS.rglob("*") if p.is_file()}
 
 
@@ -383,15 +383,14 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(folder, tmp_path)
     assert not [p for p in (train.RUNS / "set").iterdir() if p.name.startswith(".")]
 
 
-def test_a_closed_pipe_and_an_ascii_terminal_end_quietly(folder, tmp_path):
+def test_an_ascii_terminal_shows_every_name_and_a_closed_pipe_ends_quietly(folder, tmp_path):
     (tmp_path / "set").rename(tmp_path / "größe")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, str(ROOT / "train.py"), *TINY, "--data", "größe", "--epochs", "40"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "gr\\xf6\\xdfe" in done.stdout, done.stderr
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    child = subprocess.Popen([*command, "--name", "pipe"], cwd=tmp_path, env=env, **pipes)
-    child.stdout.readline()
+    child = subprocess.Popen(command, cwd=tmp_path, env=env, **pipes)
+    assert "preset cpu" in child.stdout.readline()
+    assert "gr\\xf6\\xdfe: " in child.stdout.readline()
     child.stdout.close()
     assert child.stderr.read() == "" and child.wait() == 141
 
@@ -490,10 +489,7 @@ def test_only_runs_of_dier_are_found(folder, tmp_path, capsys):
 
 
 def test_both_scripts_as_a_user_runs_them(folder, tmp_path):
-    done = script("probe.py", cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: no run in runs/: start with python train.py\n"
-    done = script("train.py", "--data", folder, *TINY, "--epochs", "20", cwd=tmp_path)
+    done = script("train.py", "--data", folder, *TINY, "--epochs", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "preset cpu" in done.stdout
     assert done.stdout.splitlines()[-1].endswith("next: python probe.py")
@@ -503,7 +499,7 @@ def test_both_scripts_as_a_user_runs_them(folder, tmp_path):
 
 
 def test_previews_show_the_images_and_leave_the_training_bits_unchanged(folder, monkeypatch):
-    args = ["--data", folder, "--epochs", "20", "--batch-size", "16", "--dropout", "0.2"]
+    args = ["--data", folder, "--epochs", "6", "--batch-size", "16", "--dropout", "0.2"]
     run(*args, "--name", "few")
     monkeypatch.setattr(train, "SAVE_SECONDS", -1.0)  # a checkpoint and a preview at each step
     monkeypatch.setattr(train, "PREVIEW_SECONDS", -1.0)
