@@ -223,3 +223,23 @@ def test_accuracies_of_the_readme_are_those_of_the_records():
         row["method"]: f"{row['top1']:.1f}" for row in record("table1-mnist")["rows"] if row["top1"]
     }
     assert re.search(said, text).groups() == (rows["mae"], rows["dier"], rows["random"])
+
+
+@needs_readme
+def test_the_search_for_t_and_few_labels_in_the_readme_are_as_recorded():
+    text = " ".join(README.read_text().split())
+    names, found, few = (
+        ("glyphs-seed-2", "mnist", "cifar10-seed-1"),
+        record("t-auto"),
+        record("few"),
+    )
+    numbers = r"(\S+), (\S+), (\S+)"
+    said = re.search(f"finds t = {numbers} on .* time, and {numbers} there", text).groups()
+    assert list(said[:3]) == [str(found[name]["chosen_t"]) for name in names]
+    assert list(said[3:]) == [f"{found[name]['test_top1']:.2f}" for name in names]
+    said = re.search(f"detail of the images, {numbers}, the best", text).groups()
+    assert list(said) == [str(few[name]["chosen_t"]) for name in names]
+    said = re.search(r"by (\d+) points on glyphs, (\d+) on MNIST and (\d+) on CIFAR-10", text)
+    for name, points in zip(names, said.groups()):
+        best = {row["features"]: row["accuracy"] for row in few[name]["rows"] if row["each"] == 100}
+        assert points == f"{best['v'] - max(best['random'], best['pixels']):.0f}"
