@@ -191,21 +191,35 @@ def test_flops_of_a_block_are_counted_by_hand(tiny, monkeypatch):
     assert more - few == 3 * 2 * (linear + scores)
 
 
+@pytest.mark.parametrize("name, cpu, paper", [
+    ("mae", 34, 4505), ("lmim", 45, 2393), ("lmim-swin", 59, 2237), ("dmjd", 229, 5923),
+    ("cae", 102, 8640), ("mage", 92, 9972),
+])  # fmt: skip
+def test_mflop_an_image_are_what_was_estimated(name, cpu, paper):
+    """For digits, at 16 and at 32 pixels with patches of 2."""
+    for preset, mflop in (("cpu", cpu), ("paper", paper)):
+        typed = {"data": "mnist", "preset": preset, "device": "cpu"}
+        found = baselines.flops_per_image(name, baselines.method_settings(name, typed)) / 1e6
+        assert mflop / 1.5 < found < mflop * 1.5
+
+
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("kind", [torch.nn.Conv2d, torch.nn.ConvTranspose2d])
-def test_flops_of_convolutions_are_counted_by_hand(kind, groups, monkeypatch):
-    """A depthwise one too. The image has no gradient, so the first convolution has two parts of
-    three; each reads or writes 6 x 6 places through a kernel of 3 x 3."""
+def test_flops_of_convolutions_are_counted_by_hand(kind, groups, stride, monkeypatch):
+    """A depthwise one too, and with stride 2. The image has no gradient, so the first convolution
+    has two parts of three. The kernels of 4 x 4 and 3 x 3 lie at each place of the smaller side."""
+    size = 2 + stride
+    kernel = {"kernel_size": size, "stride": stride, "padding": 1}
 
     def build(settings):
-        return torch.nn.Sequential(
-            kind(4, 4, 3, padding=1), kind(4, 8, 3, padding=1, groups=groups)
-        )
+        return torch.nn.Sequential(kind(4, 4, 3, padding=1), kind(4, 8, groups=groups, **kernel))
 
     loss = baselines.own_loss
     monkeypatch.setitem(baselines.METHODS, "mae", (build, lambda *a: loss(*a).mean((1, 2, 3))))
     found = baselines.flops_per_image("mae", {"channels": 4, "size": 6})
-    first, second = (2 * 36 * 9 * c_in * c_out for c_in, c_out in ((4, 4), (4, 8 // groups)))
+    places = 9 if stride == 2 and kind is torch.nn.Conv2d else 36
+    first, second = 2 * 36 * 9 * 4 * 4, 2 * places * size**2 * 4 * 8 // groups
     assert found == 2 * first + 3 * second
 
 
@@ -425,14 +439,15 @@ def table_of(folder, name="mae", **typed):
 def test_a_cell_stopped_and_killed_ends_bit_equal_to_one_that_was_not(
     name, tiny, folder, monkeypatch, capsys
 ):
-    """Stopped by Ctrl-C after step 8, killed in step 26, long after its last checkpoint."""
+    """Stopped by Ctrl-C after step 3 of a screen and step 8 of the training, killed in step 26,
+    long after its last checkpoint."""
     monkeypatch.setattr(baselines, "RATES", (1e-3, 2e-3, 1e-2))
     monkeypatch.setattr(baselines, "SCREEN", 0.2)
     arguments, real = ["--data", folder, "--method", name, "--epochs", "6"], train.draw
     baselines.main([*arguments, "--out", "straight.json"])
 
     def draw(seed, step, *rest):
-        if step == (7 if len(stops) == 0 else 25):
+        if step == [2, 7, 25][len(stops)]:
             stops.append(step)
             if step == 25:
                 raise ConnectionError("killed")
@@ -442,14 +457,16 @@ def test_a_cell_stopped_and_killed_ends_bit_equal_to_one_that_was_not(
     stops, again = [], [*arguments, "--out", "cut.json"]
     with monkeypatch.context() as m:
         m.setattr(train, "draw", draw)
-        with pytest.raises(SystemExit) as stop:
-            baselines.main(again)
-        assert stop.value.code == 130 and "step 8: the same command" in capsys.readouterr().out
+        for done in (3, 8):
+            with pytest.raises(SystemExit) as stop:
+                baselines.main(again)
+            words = f"step {done}: the same command"
+            assert stop.value.code == 130 and words in capsys.readouterr().out
         assert log_of(RUNS / f"cut-{name}-0")[-1][0] == 8
         with pytest.raises(ConnectionError):
             baselines.main(again)
     baselines.main(again)
-    assert stops == [7, 25]
+    assert stops == [2, 7, 25]
     runs = [RUNS / f"{table}-{name}-0" for table in ("straight", "cut")]
     logs = [[row for row in log_of(run) if row[0] not in (8, 16)] for run in runs]
     assert logs[0] == logs[1] and logs[0][-1][0] == 30
@@ -481,20 +498,25 @@ def test_supervised_learns_the_labels_of_the_right_images():
 # ---------------------------------------------------------------------------- the tokenizer
 
 
-def test_the_tokenizer_is_trained_first_and_its_cost_is_in_the_row(tiny, folder):
-    baselines.main(["--data", folder, "--method", "mage", "--epochs", "4"])
-    own, cell = read(RUNS / "set-tokenizer-0/cell.json"), read(RUNS / "set-mage-0/cell.json")
+@pytest.mark.parametrize("name", ["cae", "mage"])
+def test_the_tokenizer_is_trained_first_and_its_cost_is_in_the_row(name, tiny, folder, monkeypatch):
+    monkeypatch.setattr(baselines, "RATES", (5e-4, 1e-3, 2e-3))
+    baselines.main(["--data", folder, "--method", name, "--epochs", "4"])
+    own, cell = read(RUNS / "set-tokenizer-0/cell.json"), read(RUNS / f"set-{name}-0/cell.json")
     assert cell["tokenizer"] == own and (RUNS / "set-tokenizer-0/reconstruction.png").exists()
     assert own["images_seen"] == 16 and own["epochs"] == pytest.approx(0.4)
     assert {"explained_variance", "perplexity", "used"} <= set(own)
     assert cell["flops"] == own["flops"] + 160 * cell["flops_per_image"]
     assert cell["curve"][-1]["flops"] == cell["flops"]
     trained = train.read_checkpoint(RUNS / "set-tokenizer-0")["raw"]
+    saved = train.read_checkpoint(RUNS / f"set-{name}-0")
+    assert cell["seconds"] == saved["seconds"] + own["seconds"] > saved["seconds"]
+    at = "encoder.tokenizer" if "encoder.tokenizer.codebook" in saved["raw"] else "tokenizer"
     for part in ("raw", "ema"):  # frozen, and whole in the checkpoint
-        held = train.read_checkpoint(RUNS / "set-mage-0")[part]
-        assert all(torch.equal(held[f"tokenizer.{key}"], value) for key, value in trained.items())
+        held = {key: saved[part][f"{at}.{key}"] for key in trained}
+        assert all(torch.equal(held[key], value) for key, value in trained.items())
     rows = read(RUNS / "set.json")["rows"]
-    assert [row["method"] for row in rows] == ["mage"]
+    assert [row["method"] for row in rows] == [name]
 
 
 # ---------------------------------------------------------------------------- Table 1
