@@ -142,10 +142,15 @@ def test_tokenizer_has_one_code_a_patch_in_row_major_order(patch, size):
     assert net.codes(x0).shape == (1, side**2) and net.codes(x0).dtype == torch.int64
     assert net.decode(net.codes(x0)).shape == x0.shape
     x0[..., :patch, -patch:] = 1  # the last patch of the first row
-    moved = (net.vectors(x0) - net.vectors(0 * x0)).square().sum(2).view(side, side)
-    top, bottom = moved.detach().split(side // 2)
-    quarters = [half.sum().item() for rows in (top, bottom) for half in rows.split(side // 2, 1)]
-    assert np.argmax(quarters) == 1
+    codes = net.vectors(x0) - net.vectors(0 * x0)
+    other = torch.zeros(1, side**2, dtype=torch.int64)
+    other[0, side - 1] = 1  # the same place, decoded
+    net.codebook.normal_()
+    pixels = net.decode(other) - net.decode(0 * other)
+    for moved in (codes.square().sum(2).view(side, side), pixels.square()[0, 0]):
+        top, bottom = moved.detach().chunk(2)
+        quarters = [half.sum().item() for rows in (top, bottom) for half in rows.chunk(2, 1)]
+        assert np.argmax(quarters) == 1
 
 
 @pytest.mark.parametrize("patch, size", [(3, 12), (6, 12), (1, 4)])
