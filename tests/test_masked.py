@@ -305,7 +305,7 @@ def test_swin_sees_visible_units_alone():
     net, x = built(swin.Swin, SWIN), images(1)
     units = torch.tensor([1, 4, 6, 15])  # of 4 x 4, row-major
     changed = x.clone()
-    changed[..., 4:8, 12:] += 1  # unit 7
+    changed[..., 8:12, 4:8] += 1  # unit 9, which rows and columns swapped would be 6
     before, after = (net.layers(y, units) for y in (x, changed))
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(before, after))
     assert not torch.equal(before[-1][0], net.layers(x + 1, units)[-1][0])
@@ -313,7 +313,9 @@ def test_swin_sees_visible_units_alone():
 
 
 def test_the_swins_loss_is_on_hidden_cells_of_one_token_each(monkeypatch):
-    net, seen, real = built(swin.LMIMSwin, SWIN), [], masked.hog_error
+    net, seen, places, real = built(swin.LMIMSwin, SWIN), [], [], masked.hog_error
+    for decoder in net.decoders:
+        decoder.register_forward_pre_hook(lambda _, args: places.append(args[1][0]))
 
     def record(guess, x0, cell, hidden):
         assert guess.shape[1] == hidden.shape[1]
@@ -327,6 +329,9 @@ def test_the_swins_loss_is_on_hidden_cells_of_one_token_each(monkeypatch):
     fine = units.repeat_interleave(2, 0).repeat_interleave(2, 1)
     for (cell, hidden), want in zip(seen, ((2, fine), (4, units), (4, units)), strict=True):
         assert cell == want[0] and torch.equal(hidden, want[1])
+    layers = net.encoder.layers(images(), torch.arange(4))
+    for index, (_, coords), (_, hidden) in zip(places, layers, seen, strict=True):
+        assert torch.equal(index, coords @ torch.tensor([len(hidden), 1]))  # each at its own place
 
 
 # ---------------------------------------------------------------------------- all
