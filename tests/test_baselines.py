@@ -193,10 +193,10 @@ def test_flops_of_a_block_are_counted_by_hand(tiny, monkeypatch):
 
 @pytest.mark.parametrize("name, cpu, paper", [
     ("mae", 34, 4505), ("lmim", 45, 2393), ("lmim-swin", 59, 2237), ("dmjd", 229, 5923),
-    ("cae", 102, 8640), ("mage", 92, 9972),
+    ("cae", 102, 8640), ("mage", 92, 9972), ("tokenizer", 20, 850),
 ])  # fmt: skip
 def test_mflop_an_image_are_what_was_estimated(name, cpu, paper):
-    """For digits, at 16 and at 32 pixels with patches of 2."""
+    """For digits: preset cpu at 16 pixels, preset paper at 32."""
     for preset, mflop in (("cpu", cpu), ("paper", paper)):
         typed = {"data": "mnist", "preset": preset, "device": "cpu"}
         found = baselines.flops_per_image(name, baselines.method_settings(name, typed)) / 1e6
