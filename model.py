@@ -363,8 +363,8 @@ class DiER(nn.Module):
 #
 # A row has the sizes of both networks and the recipe that goes with them; each column is a flag of
 # train.py. `paper` is Table 4: 32 pixels for mnist, cifar10, cifar100; 64 for tiny-imagenet; 256
-# for bccd, oct2017. `cpu` is the same architecture at a size that two cores train in minutes: few
-# pixels, large patches, small batches, since steps count more than images in a short run. Two
+# for bccd, oct2017. `cpu` is the same architecture at a size that a laptop trains within an hour:
+# few pixels, large patches, small batches, since steps count more than images in a short run. Two
 # bounds hold for every row. The last width of the encoder, base x mult, bounds the rank of v. And
 # a token must hold the noise of its patch: of patch^2 x channels numbers the share beyond `hidden`
 # stays in the loss for ever, so the digits take patch 8 (64 numbers) and colour patch 4 (48).

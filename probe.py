@@ -247,9 +247,9 @@ def choose(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
 def search(
     encoder: nn.Module, split: Split, device: torch.device, classes: int
 ) -> list[dict[str, Any]]:
-    """Find the t whose v_t says most about the class, on a twelfth of the training images (800 to
-    3,000): every 125th t, then both neighbours of the best so far, ever closer, down to 15. Prints
-    and returns a row for each t, {t, images, accuracy, explained, seconds}.
+    """Find the t whose v_t says most about the class, on a twelfth of the training images, 800 to
+    3,000 if there are so many: every 125th t, then both neighbours of the best so far, ever closer,
+    down to 15. Prints and returns a row for each t, {t, images, accuracy, explained, seconds}.
 
     Each t is scored by a ridge classifier, cross-validated on the same images in the same folds:
     `explained` is the share of the labels' variance that it tells of images that it did not see.

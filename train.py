@@ -1,14 +1,14 @@
 """Train DiER: predict the noise in x_t, helped by a vector of the clean image. No labels.
 
     python train.py                           digits drawn here: 8 minutes, top-1 90% at t = 400
-    python train.py --data mnist              MNIST: 11 minutes, 97.7% at t = 100
+    python train.py --data mnist              MNIST: 18 minutes, 97.0% at t = 200
     python train.py --data cifar10 --preset paper
     python train.py --name mnist --resume     go on after Ctrl-C or a crash, bit for bit
     python train.py --data mnist --dry-run    show every resolved value, train nothing
     torchrun --nproc_per_node=8 train.py --data oct2017 --preset paper          eight GPUs
 
-(Two cores of an Intel Xeon with AMX, MNIST's time from its images/s; seed 0; accuracies of the
-linear probe, probe.py.)
+(Glyphs on two cores of an Intel Xeon with AMX, MNIST on one of an AMD EPYC without; seed 0;
+accuracies of the linear probe, probe.py.)
 
 One step (Eq. 4.6): draw t and eps, make x_t, predict eps from x_t, t and v_t = Encoder(x_0, t),
 take the squared error, clip, Adam, average. All of it stands in the loop of `train`.

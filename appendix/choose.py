@@ -6,9 +6,9 @@
     python -m appendix.choose --few             v_t with 1 to 100 labelled images a class
 
 The t is the one at which noise and fine detail are even: abar_t / (1 - abar_t), times the images'
-mean power above half the Nyquist frequency, is nearest to 1. It needs no network and no label. Four
-criteria that do need the network lost more accuracy; results/README.md has all five. 1,000 training
-images are enough.
+mean power above half the Nyquist frequency, is nearest to 1. It needs no network and no label, and
+1,000 training images are enough. Four criteria that do need the network lost more accuracy on
+glyphs, MNIST and CIFAR-10; results/README.md has all five.
 
 The table shows at 20 t what v does for the network: its gain, the MSE of the noise with another
 image's v_t less that with the right one, from the same x_t, over 1,000 test images.
@@ -130,7 +130,7 @@ def few_labels(
 ) -> list[dict[str, Any]]:
     """Accuracy of a ridge classifier with few labelled images, on v_t, on that of an encoder with
     random weights, and on raw pixels: rows {features, each, accuracy, std, draws} on 4,000 test
-    images. Features are standardised by all images ever drawn, which takes no label."""
+    images at most. Features are standardised by all images ever drawn, which takes no label."""
     train, test = splits
     each, draws = draw_few(train.labels)
     pool = np.unique(np.concatenate(draws))

@@ -237,7 +237,7 @@ def test_the_search_for_t_and_few_labels_in_the_readme_are_as_recorded():
     said = re.search(f"finds t = {numbers} on .* time, and {numbers} there", text).groups()
     assert list(said[:3]) == [str(found[name]["chosen_t"]) for name in names]
     assert list(said[3:]) == [f"{found[name]['test_top1']:.2f}" for name in names]
-    said = re.search(f"detail of the images, {numbers}, the best", text).groups()
+    said = re.search(f"detail of the images, {numbers}, on these", text).groups()
     assert list(said) == [str(few[name]["chosen_t"]) for name in names]
     said = re.search(r"by (\d+) points on glyphs, (\d+) on MNIST and (\d+) on CIFAR-10", text)
     for name, points in zip(names, said.groups()):
