@@ -209,6 +209,9 @@ def test_accuracies_of_the_readme_are_those_of_the_records():
         assert (top1, t) == (f"{found['test_top1']:.2f}", str(found["chosen_t"])), name
         assert floors == [f"{x:.2f}" for x in found["floors"].values()], name
         assert published == (str(paper[name]) if name else ""), name
+    more = ("glyphs-seed-1", "glyphs-seed-2", "glyphs-one-thread", "mnist-seed-1", "cifar10-seed-1")
+    said = re.findall(r"\d\d\.\d\d", re.search(r"\(more seeds: ([^)]*)\)", text)[1])
+    assert said == [f"{record(name)['test_top1']:.2f}" for name in more]
     curve = re.search(r"^\| t \|(.*)\|\n\|[- |]+\|\n((?:\|.*\n){3})", text, re.MULTILINE)
     times = [int(t) for t in curve[1].split("|")]
     for line in curve[2].splitlines():
