@@ -134,7 +134,7 @@ class Killed(bench.Program):
 
 @pytest.mark.parametrize("side, batch, words", [
     (bench.Program, 10**12, "out of memory"),
-    (Killed, 4, "a measuring process ended early"),
+    pytest.param(Killed, 4, "a measuring process ended early", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_process_that_dies_ends_the_report(side, batch, words, monkeypatch, capfd):
     """With the line that it had to say, else with one of our own."""

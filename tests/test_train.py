@@ -179,7 +179,10 @@ def interrupt_at(step, monkeypatch, number=signal.SIGINT, times=1):
 STOPS = [("off", signal.SIGINT, 12), ("off", signal.SIGTERM, 24), ("bf16", signal.SIGINT, 39)]
 
 
-@pytest.mark.parametrize("amp, number, step", [*STOPS, ("fp16", signal.SIGINT, 22)])
+FP16 = pytest.param("fp16", signal.SIGINT, 22, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("amp, number, step", [*STOPS, FP16])
 def test_resume_after_a_stop_is_bit_for_bit(folder, amp, number, step, monkeypatch, capfd):
     args = ["--data", folder, "--epochs", "10" if amp == "fp16" else "22", "--amp", amp]
     run(*args, *LONG, "--name", "straight")
