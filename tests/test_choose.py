@@ -51,11 +51,13 @@ def high_power(image):
     return high
 
 
-def test_the_fine_power_of_images_is_1_for_noise_and_a_plain_dft_for_the_rest():
+@pytest.mark.parametrize("side", [6, 8, 9])
+def test_the_fine_power_of_images_is_1_for_noise_and_a_plain_dft_for_the_rest(side):
     torch.manual_seed(0)
-    x0 = torch.randn(4, 2, 6, 6)
+    x0 = torch.randn(4, 2, side, side)
     powers = [high_power(channel) for image in x0.numpy() for channel in image]
-    coefficients = sum(max(min(a, 6 - a), min(b, 6 - b)) > 1.5 for a in range(6) for b in range(6))
+    distance = np.minimum(np.arange(side), side - np.arange(side))
+    coefficients = (np.maximum.outer(distance, distance) > side / 4).sum()
     assert choose.fine_power(x0) == pytest.approx(np.mean(powers) / coefficients, rel=1e-5)
     assert choose.fine_power(torch.randn(500, 1, 16, 16)) == pytest.approx(1, abs=0.02)
 
