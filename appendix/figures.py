@@ -31,6 +31,7 @@ from torch import Tensor
 from appendix.baselines import METHODS, TIMELESS
 from appendix.chart import (
     COLOURS,
+    PALE,
     Canvas,
     Series,
     class_legend,
@@ -245,14 +246,16 @@ def figure_table(path: Path) -> None:
         y = [np.mean([point["top1"] for point in points]) for points in stages]
         series.append(Series(method, x, y, colour, shape=shape))
     most = max(x for line in series for x in line.x)
-    for k, row in enumerate(row for row in rows if not row["flops"]):
-        colour = COLOURS[-1 - k]
-        y = [row["top1"], row["top1"]]
-        series.append(Series(row["method"], [0, most], y, colour, True, 1.0, None))
+    floors = {row["method"]: row["top1"] for row in rows if not row["flops"]}
+    for y in floors.values():
+        series.append(Series("", [0, most], [y, y], PALE, True, 1.0, None))
     canvas = Canvas(820 + max(text_width(line.name, 14) for line in series), 560)
     title = f"{table['data']}: top-1 after a quarter, half and all of {table['epochs']:g} epochs"
     labels = ("TFLOP of training, forward and backward", "test accuracy, %")
-    line_panel(canvas, (90, 60, 740, 490), series, title, *labels)
+    axes = line_panel(canvas, (90, 60, 740, 490), series, title, *labels)
+    for k, (name, y) in enumerate(floors.items()):  # side by side, as floors lie close together
+        x, y = axes.pixel(most, y)
+        canvas.text((x - 80 * k, y - 2), name, 13, "rb")
     save(canvas, path.with_suffix(".png"))
 
 
