@@ -12,6 +12,7 @@ from conftest import ROOT, TINY
 from PIL import Image
 
 import train
+from appendix import baselines
 
 TOP = ["data", "diffusion", "model", "train", "probe"]
 MAY_IMPORT = {  # of our own modules; those of the appendix may import all of them
@@ -218,14 +219,24 @@ def test_accuracies_of_the_readme_are_those_of_the_records():
         name, *shown = line.strip("| ").replace("|", " ").split()
         rows = {row["t"]: f"{row['top1']:.2f}" for row in record(name)["rows"]}
         assert shown == [rows[t] for t in times], name
-    said = (
-        r"MAE\s+had\s+([\d.]+) on MNIST after three\s+minutes, DiER ([\d.]+), a random encoder "
-        r"(\d+\.\d+)"
-    )
-    rows = {
-        row["method"]: f"{row['top1']:.1f}" for row in record("table1-mnist")["rows"] if row["top1"]
-    }
-    assert re.search(said, text).groups() == (rows["mae"], rows["dier"], rows["random"])
+
+
+@needs_readme
+def test_the_compared_methods_of_the_readme_are_those_of_the_records():
+    """Of each set and method: top-1 here, and after a slash the paper's where it has one."""
+    pattern = r"^\| here / paper \|(.*)\|\n\|[- |]+\|\n((?:\|.*\n)+)"
+    table = re.search(pattern, README.read_text(), re.MULTILINE)
+    methods = {shown: method for method, shown in baselines.PAPER_NAMES.items()}
+    heads = [cell.strip() for cell in table[1].split("|")]
+    assert set(methods) < set(heads)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2].splitlines()]
+    names = [name.removesuffix(" (part)") for name, *_ in lines]
+    assert names == ["mnist", "cifar10", "bccd", "oct2017"]
+    for name, (_, *cells) in zip(names, lines):
+        rows = {row["method"]: row for row in record(f"table1-{name}")["rows"]}
+        for head, cell in zip(heads, cells, strict=True):
+            row = rows[methods.get(head, head)]
+            assert cell == f"{row['top1']:.1f}" + (f" / {row['paper']}" if row["paper"] else "")
 
 
 @needs_readme
@@ -240,7 +251,7 @@ def test_the_search_for_t_and_few_labels_in_the_readme_are_as_recorded():
     said = re.search(f"finds t = {numbers} on .* time, and {numbers} there", text).groups()
     assert list(said[:3]) == [str(found[name]["chosen_t"]) for name in names]
     assert list(said[3:]) == [f"{found[name]['test_top1']:.2f}" for name in names]
-    said = re.search(f"detail of the images, {numbers}, on these", text).groups()
+    said = re.search(f"detail of the images, {numbers}, the best", text).groups()
     assert list(said) == [str(few[name]["chosen_t"]) for name in names]
     said = re.search(r"by (\d+) points on glyphs, (\d+) on MNIST and (\d+) on CIFAR-10", text)
     for name, points in zip(names, said.groups()):
