@@ -64,7 +64,8 @@ def windows(coords: Tensor, size: int, shift: int, device: torch.device) -> Wind
 
 
 class SwinBlock(ViTBlock):
-    """ViTBlock whose attention stays in windows and has a learned bias for each offset."""
+    """ViTBlock whose attention stays in windows and has a learned bias for each offset: tokens
+    (B, M, D) and the windows that they are in -> (B, M, D)."""
 
     def __init__(self, width: int, heads: int, window: int):
         super().__init__(width, heads)

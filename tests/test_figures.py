@@ -469,24 +469,30 @@ def test_the_papers_tables_are_there_once_and_agree():
 
 
 def test_a_table_is_drawn_with_a_line_a_method_and_its_floors(tmp_path, monkeypatch, capsys):
-    """Points are means over the seeds, at TFLOP; a floor is a level line."""
-    drawn, written, real, text = [], [], figures.line_panel, figures.Canvas.text
+    """Points are means over the seeds, at TFLOP; a floor is a level line, its name just above."""
+    drawn, written, real, text = [], {}, figures.line_panel, figures.Canvas.text
     monkeypatch.setattr(figures, "line_panel", lambda *a: drawn.extend(a[2]) or real(*a))
-    monkeypatch.setattr(
-        figures.Canvas, "text", lambda *a, **k: written.append(a[2]) or text(*a, **k)
-    )
+
+    def write(canvas, at, name, *args, **kwargs):
+        written[name] = at
+        text(canvas, at, name, *args, **kwargs)
+
+    monkeypatch.setattr(figures.Canvas, "text", write)
     curves = [[{"flops": k * 1e12, "top1": k + seed} for k in (1, 2, 4)] for seed in (0, 2)]
     cells = [{"method": "mae", "curve": curve} for curve in curves]
     rows = [{"method": "mae", "flops": 4e12}, {"method": "pixels", "flops": None, "top1": 3.0}]
+    rows.append({"method": "pca", "flops": None, "top1": 4.0})
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"data": "mnist", "epochs": 4.0, "rows": rows, "cells": cells}))
     figures.main(["--table", str(path)])
     with Image.open(tmp_path / "table.png") as image:
         assert image.size[1] == 560
     assert [(line.name, list(line.x), list(line.y)) for line in drawn] == [
-        ("mae", [1, 2, 4], [2, 3, 5]), ("", [0, 4], [3, 3])
+        ("mae", [1, 2, 4], [2, 3, 5]), ("", [0, 4], [3, 3]), ("", [0, 4], [4, 4])
     ]  # fmt: skip
-    assert "pixels" in written
+    low, high = written["pixels"], written["pca"]
+    assert high[1] == pytest.approx(written["4"][1] - 2)  # of the axis
+    assert low[1] > high[1] + 50 and high[0] == low[0] - 80
     for text, words in (("[]", "no table of appendix"), ('{"rows": [], "cells": []}', "no method")):
         path.write_text(text)
         assert words in fails(capsys, figures.main, ["--table", str(path)])

@@ -237,6 +237,19 @@ def test_the_compared_methods_of_the_readme_are_those_of_the_records():
         for head, cell in zip(heads, cells, strict=True):
             row = rows[methods.get(head, head)]
             assert cell == f"{row['top1']:.1f}" + (f" / {row['paper']}" if row["paper"] else "")
+    controls, text = record("table1-controls"), " ".join(README.read_text().split())
+    said = re.search(
+        r"MAE's ([\d.]+)\).*: ([\d.]+) on MNIST, ([\d.]+) on CIFAR-10; the short", text
+    )
+    longer = {row["data"]: row["top1"] for row in controls["mae_at_dier_s_flops"]}
+    found = [controls["top1_before_the_first_step"]["mae"], longer["mnist"], longer["cifar10"]]
+    assert list(said.groups()) == [f"{x:.1f}" for x in found]
+    cost = {}
+    for row in controls["rates"]:
+        screened, other = (row[key]["curve"][-1]["top1"] for key in ("screened", "untried_1e-3"))
+        cost[row["method"]] = other - screened
+    said = re.search(r"of rates cost it (\d) points, LMIM-ViT (\d)\.", text)
+    assert list(said.groups()) == [f"{cost['mae']:.0f}", f"{cost['lmim']:.0f}"]
 
 
 @needs_readme
