@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 import data
 import model as M
 import train
+from appendix import baselines
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -96,6 +97,19 @@ def test_forward_backward_clip_adam_and_average_stay_on_the_device():
         train.update_ema(average, params, 0.9)
         train.add_sums(sums, loss.detach(), t, norm)
     assert mode.calls > 200 and all(p.grad.device == META for p in params)
+
+
+@pytest.mark.parametrize("method", baselines.METHODS)
+def test_every_compared_method_stays_on_the_device(method):
+    typed = {"data": "mnist", "preset": "cpu", "device": "cpu"}
+    settings = baselines.method_settings(method, typed) | {"class_names": list("0123456789")}
+    with META:
+        net = baselines.build(method, settings).train()
+        x0, abar = torch.empty(4, 1, settings["size"], settings["size"]), torch.empty(1000)
+        t = torch.zeros(4, dtype=torch.int64)
+    with OnMeta() as mode:
+        baselines.METHODS[method][1](net, x0, t, x0, abar).mean().backward()
+    assert mode.calls > 100
 
 
 def test_batches_that_do_not_fit_the_device_are_copied_as_bytes():
