@@ -417,7 +417,8 @@ def make_parts(
     scaler = torch.amp.GradScaler(device.type, enabled=settings["amp"] == "fp16")
     parts = {"raw": net, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     for name, part in parts.items() if saved else ():
-        restore(part, saved[name])
+        if part is not scaler or saved["scaler"]:  # {} where the run was not in fp16 until now
+            restore(part, saved[name])
     if settings["compile"]:
         net.compile()
     return parts

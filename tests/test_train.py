@@ -264,6 +264,16 @@ def test_resume_refuses_another_value_and_goes_on_with_more_epochs(folder, capsy
     assert checkpoint("set")["step"] == 10 and checkpoint("set")["settings"]["amp"] == "off"
 
 
+def test_a_resumed_run_may_change_its_precision(folder):
+    """fp16's scaler is new where the run before had none, and kept where it had one."""
+    run("--data", folder, "--epochs", "2", "--batch-size", "16")
+    scales = []
+    for epochs, amp in [("4", "fp16"), ("6", "fp16"), ("8", "bf16"), ("10", "fp16")]:
+        resume("set", "--epochs", epochs, "--amp", amp)
+        scales.append(checkpoint("set")["scaler"].get("_growth_tracker"))
+    assert scales == [5, 10, None, 5] and checkpoint("set")["step"] == 25
+
+
 def test_resume_finds_data_that_moved_and_refuses_data_that_changed(folder, tmp_path, capsys):
     run("--data", folder, "--epochs", "2", "--batch-size", "16", "--minutes", "5")
     (tmp_path / "set").rename(tmp_path / "moved")
