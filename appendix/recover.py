@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
         return np.array(split.images[sample(split.labels, len(split.images), n, seed)])
 
     x0 = to_float(torch.from_numpy(choose(test_split, typed.get("n", 16))).to(device))
-    if mode in ("interpolate", "swap") and len(x0) < 2:
+    if mode != "recover" and len(x0) < 2:  # the others need another's v
         fail(f"--mode {mode} needs two test images or more: give --n 2")
     print(f"{folder}, step {saved['step']:,}: {len(x0)} test images")
     path = folder / ("recover.png" if mode == "recover" else f"recover-{mode}.png")

@@ -259,6 +259,7 @@ def test_modes_draw_and_say_where(trained, mode, capsys):
         (["--steps", "1001"], "1001 is not a whole number from 1 to 1000"),
         (["--n", "0"], "0 is not a whole number above 0"),
         (["--n", "1", "--mode", "swap"], "--mode swap needs two test images or more: give --n 2"),
+        (["--n", "1", "--mode", "timesteps"], "--mode timesteps needs two test images or more"),
         (["--mode", "timesteps", "--steps", "5"], "walks no chain: leave --steps out"),
         (["--mode", "nonsense"], "invalid choice: 'nonsense'"),
         (["--name", "baselines/none"], "no checkpoint in runs/baselines/none"),
