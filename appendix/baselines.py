@@ -1,6 +1,6 @@
 """Train and probe what DiER is compared with: Table 1 for this machine.
 
-    python -m appendix.baselines --data mnist --epochs 5 --seeds 2     the table: all methods
+    python -m appendix.baselines --data mnist --epochs 5 --seeds 3     the table: all methods
     python -m appendix.baselines --data mnist --method diffae mae      two of them
     python -m appendix.baselines --data mnist --method tokenizer       with a picture
     python -m appendix.baselines --data mnist --method dier dier-notime --out runs/time.json
