@@ -54,11 +54,11 @@ warnings.filterwarnings("ignore", module="PIL")  # of odd metadata, and of image
 # ---------------------------------------------------------------------------- what all files need
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, kind: type[SystemExit] = SystemExit) -> NoReturn:
     """Print one line and exit with status 2: the way every command reports bad input."""
     if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun one process a machine speaks
         print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise kind(2)
 
 
 def clock(seconds: float) -> str:
@@ -329,7 +329,7 @@ def list_files(folder: Path, parents: tuple[Path, ...] = ()) -> Iterator[str]:
         if entry.is_dir():
             below = list_files(Path(entry.path), (*parents, here))
             yield from (f"{entry.name}/{name}" for name in below)
-        elif entry.is_file():
+        elif entry.is_file() or entry.is_symlink():  # a broken link too, to be named
             yield entry.name
 
 
@@ -741,7 +741,8 @@ def decode_once(items: list, size: int, channels: int, what: str, cache: Path) -
 
 
 def sample(labels: np.ndarray | None, n: int, limit: int, seed: int) -> np.ndarray:
-    """Sorted indices of a seeded sample of n images, as equal over the classes as they allow."""
+    """Sorted indices of a seeded sample of `limit` of n images, 0 being all of them, as equal over
+    the classes as they allow."""
     order = np.random.default_rng(mix_seed(seed)).permutation(n)
     if limit and labels is not None:  # first one image of each class, then a second of each, ...
         turn = np.empty(n, np.int64)

@@ -136,7 +136,7 @@ def ddim_sample(
     for t, t_prev in zip(times, [*times[1:], None]):
         abar_prev = abar.new_ones(()) if t_prev is None else abar[t_prev]
         noise = None
-        if eta and t_prev is not None:  # the last step adds none: it would stay in the image
+        if eta and t_prev is not None:  # the last step's variance is 0: nothing to draw
             noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         x = ddim_step(x, eps_fn(x, t), abar[t], abar_prev, eta, noise, clip)
     return x

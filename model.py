@@ -367,7 +367,7 @@ class DiER(nn.Module):
 # few pixels, large patches, small batches, since steps count more than images in a short run. Two
 # bounds hold for every row. The last width of the encoder, base x mult, bounds the rank of v. And
 # a token must hold the noise of its patch: of patch^2 x channels numbers the share beyond `hidden`
-# stays in the loss for ever, so the digits take patch 8 (64 numbers) and colour patch 4 (48).
+# stays in the loss for ever: at hidden 128 digits take patch 8 (64 numbers), colour patch 4 (48).
 
 # fmt: off
 COLUMNS = (

@@ -22,6 +22,7 @@ Shapes: N training and M test images, B batch, V = 1024, K classes, H heads.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import re
@@ -63,7 +64,7 @@ BATCH = 256  # of the heads; the paper does not say
 FEW = 5_000  # with fewer training images one tenth is too small a sample to choose t by
 PIXELS = 32  # raw pixels are compared at 32 x 32 at most: 256 x 256 are 196,608 weights a class
 NEIGHBOURS = 20
-BLOCK = 250  # images encoded at once
+BLOCK = 250  # images encoded at once, of up to 64 x 64 pixels; of larger ones as many pixels
 FLOORS = ("untrained", "random")
 STEP, FINEST = 125, 15  # of --t auto: between the first t's and between the last
 RIDGE = 100.0  # its classifier's penalty on squared weights: it fades as the images grow more
@@ -80,12 +81,12 @@ def encode(
     """
     encoder = encoder.to(device).eval()
     amp = pick_amp("auto", device)
-    parts = []
-    blocks = range(0, len(images), BLOCK)
+    parts, size = [], max(1, min(BLOCK, BLOCK * 64**2 // math.prod(images.shape[2:])))
+    blocks = range(0, len(images), size)
     for first in progress(
-        blocks, f"encoding {what}", len(images), "images", lambda: BLOCK * len(parts)
+        blocks, f"encoding {what}", len(images), "images", lambda: size * len(parts)
     ):
-        block = np.array(images[first : first + BLOCK])  # a copy: torch wants no read-only memory
+        block = np.array(images[first : first + size])  # a copy: torch wants no read-only memory
         x0 = to_float(torch.from_numpy(block).to(device))
         times = torch.full((len(x0),), t, device=device)
         with torch.autocast(device.type, AMP[amp], enabled=amp != "off"):
@@ -439,6 +440,8 @@ def result_path(folder: Path, typed: dict[str, Any], standard: dict[str, Any]) -
             value = typed[key]
             value = "-".join(map(str, value)) if isinstance(value, list) else str(value)
             value = re.sub(r"[^\w.-]+", "_", value)  # slashes: a/set and b/set are two sets
+            if len(value) > 60:  # a file's name has at most 255 bytes
+                value = hashlib.sha256(value.encode()).hexdigest()[:16]
             words += [key, value]
     return folder / ("-".join(words) + ".json")
 
@@ -481,7 +484,8 @@ def main(argv: list[str] | None = None) -> None:
     seen = saved["step"] * settings["batch_size"] / settings["images"]
     result = {"name": str(folder.relative_to(RUNS)), "seed": settings["seed"], "epochs": seen}
     result |= {"training": {**(settings.get("origin") or {}), "seconds": saved["seconds"]}}
-    result |= origin(["probe.py", *(sys.argv[1:] if argv is None else argv)])
+    command = ["probe.py", *(sys.argv[1:] if argv is None else argv)]
+    result |= origin(command, str(device))
     start = time.monotonic()
     if times == "auto":
         result["search"] = search(model.encoder, splits[0], device, classes)

@@ -11,7 +11,8 @@
 accuracies of the linear probe, probe.py.)
 
 One step (Eq. 4.6): draw t and eps, make x_t, predict eps from x_t, t and v_t = Encoder(x_0, t),
-take the squared error, clip, Adam, average. All of it stands in the loop of `train`.
+take the squared error, clip, Adam, average. The loop of `train` calls `draw` and `dier_loss` for
+the first half; the rest stands in it.
 
 What a run leaves in runs/NAME/:
 - config.json: every setting;
@@ -51,7 +52,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from data import batch_index, clock, fail, get_batch, mix_seed, on_device, replace_file, status
+from data import (
+    DISK,
+    batch_index,
+    clock,
+    fail,
+    get_batch,
+    mix_seed,
+    on_device,
+    replace_file,
+    status,
+)
 from diffusion import T, alphas_cumprod, eps_loss, predict_x0, q_sample
 from model import PRESETS, DiER, ModelConfig, table_row
 
@@ -90,17 +101,17 @@ def number(kind: type, fits: Callable[[float], bool], what: str) -> Callable[[st
     def parse(text: str) -> Any:
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and fits(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not {what}")
-        return value
+            if math.isfinite(value) and fits(value):
+                return value
+        except (ValueError, OverflowError):
+            pass
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not {what}")
 
     return parse
 
 
 whole = number(int, lambda n: n > 0, "a whole number above 0")
-count = number(int, lambda n: n >= 0, "a whole number, 0 or more")
+count = number(int, lambda n: 0 <= n < 2**63, "a whole number, 0 or more")
 positive = number(float, lambda x: x > 0, "a number above 0")
 not_negative = number(float, lambda x: x >= 0, "a number, 0 or more")
 share = number(float, lambda x: 0 <= x < 1, "in [0, 1)")
@@ -291,7 +302,9 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types on a damaged or foreign file
-        reason = str(error).splitlines()[0][:100]
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in DISK:
+            raise  # a fault of the machine and not of the file
+        reason = (str(error).splitlines() or ["it is empty"])[0][:100]
         fail(f"{path} cannot be read ({reason}): delete {folder} and train again")
     keys = {"settings", "step", "row_step", "log_size", "seconds", "sums"}
     keys |= {"raw", "ema", "optimizer", "scaler"}
@@ -326,9 +339,10 @@ def build_dier(settings: dict[str, Any]) -> DiER:
     return DiER(model_config(settings))
 
 
-def origin(command: list[str]) -> dict[str, Any]:
+def origin(command: list[str], device_name: str) -> dict[str, Any]:
     """Where a result comes from: the command, the commit of this code ("" outside git; "-dirty"
-    with changes), versions, and the machine in words, with the GFLOP/s of a matrix product."""
+    with changes), versions, and the machine in words, with the GFLOP/s of a matrix product on the
+    device."""
     ask = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         here = Path(__file__).parent
@@ -338,7 +352,7 @@ def origin(command: list[str]) -> dict[str, Any]:
         commit = ""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     versions |= {"numpy": np.__version__, "pillow": Image.__version__}
-    device, side = pick_device("auto"), 1024
+    device, side = pick_device(device_name), 1024
     words = f"{torch.get_num_threads()} CPU threads"
     flags = torch.cpu.get_capabilities()
     known = [name for name in ("avx2", "avx512_bf16", "amx_bf16") if flags.get(name)]
@@ -417,8 +431,14 @@ def make_parts(
     scaler = torch.amp.GradScaler(device.type, enabled=settings["amp"] == "fp16")
     parts = {"raw": net, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     for name, part in parts.items() if saved else ():
-        if part is not scaler or saved["scaler"]:  # {} where the run was not in fp16 until now
-            restore(part, saved[name])
+        state = saved.pop(name)  # it would lie in memory twice
+        if part is not scaler or state:  # {} where the run was not in fp16 until now
+            restore(part, state)
+    # A GPU's moments of the encoder are channels last. Fused Adam wants them laid out as the
+    # weights are here, and does not look.
+    for p, moments in optimizer.state.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments[key] = torch.empty_like(p).copy_(moments[key])
     if settings["compile"]:
         net.compile()
     return parts
@@ -446,6 +466,10 @@ def read_sums(values: list[float]) -> dict[str, Any]:
     }
 
 
+class NotFinite(SystemExit):
+    """A run ended because its loss or its gradient was not finite; status 2."""
+
+
 def check_finite(
     values: list[float], settings: dict[str, Any], first: int, step: int, folder: Path
 ) -> None:
@@ -458,7 +482,8 @@ def check_finite(
         fail(
             f"the {'loss' if tenths else 'gradient'} is not finite (steps {first} to {step}, t in "
             f"{where}, lr {settings['lr']:g}, amp {settings['amp']}): try a smaller --lr, or "
-            f"--amp off{f'; {kept} is the last good one' if kept.exists() else ''}"
+            f"--amp off{f'; {kept} is the last good one' if kept.exists() else ''}",
+            NotFinite,
         )
 
 
@@ -633,10 +658,10 @@ def train(
             counters = {"step": step, "row_step": row_step, "log_size": log.tell()}
             counters |= {"seconds": earlier + now - start, "sums": sums.cpu(), "settings": settings}
             save(folder, parts, counters)
-            saved_at = now
+            saved_at = time.monotonic()  # a save can take long
             if loss_fn is dier_loss and (ends or now - drawn_at > PREVIEW_SECONDS):
                 preview(ema, images, settings, abar, folder / "preview.png")
-                drawn_at = now
+                drawn_at = time.monotonic()
     on_signal()
     log.close()
     return step, time.monotonic() - start, stops[0] if stops else 0
@@ -717,7 +742,7 @@ def guard(main: Callable[[], None]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Resolve the settings, build or restore a run, train it, say what comes next."""
+    """Resolve the settings of a new or a resumed run, show them, run it."""
     typed = vars(build_parser().parse_args(argv))
     name, resume, dry_run = (typed.pop(key, None) for key in ("name", "resume", "dry_run"))
     join_processes(typed.get("device", "auto"))
@@ -772,20 +797,21 @@ def run(
         fail(f"{folder} has done its {settings['epochs']:g} epochs: give more with --epochs")
     settings = {"origin": None, **settings, **found, "launch": this_launch()}
     if ranks()[0] == 0:
-        settings["origin"] = settings["origin"] or origin(command)
+        settings["origin"] = settings["origin"] or origin(command, settings["device"])
         text = json.dumps(settings, indent=1) + "\n"
         replace_file(folder / "config.json", lambda path: path.write_text(text))
     torch.manual_seed(settings["seed"])
     net = build_dier(settings)
     step, seconds, stopped = train(net, dier_loss, split.images, settings, folder, saved)
-    name = folder.relative_to(RUNS)
-    if stopped:
+    name, seen = folder.relative_to(RUNS), step * settings["batch_size"]
+    if stopped and seen < settings["epochs"] * len(split.images):
         print(f"stopped at step {step:,}: python train.py --name {name} --resume goes on")
         raise SystemExit(128 + stopped)
+    if ranks()[0]:  # rank 0 speaks; it may not have saved yet
+        return
     newest = folder.parent == RUNS and folder == find_run()
     named = "" if newest else f" --name {name}"
     t = " --t 400" if settings["data"] == "glyphs" else ""
-    seen = step * settings["batch_size"]
     print(
         f"{step:,} steps, {seen:,} images seen, {clock(seconds)} in this call; next: python "
         f"probe.py{named}{t}"

@@ -24,7 +24,8 @@ tokenizer has a tenth of the epochs too; its time and FLOPs are added to those o
 A cell is one method with one seed. Its run, runs/baselines/TABLE-METHOD-SEED/, holds what train.py
 leaves, a probe after a quarter, half and all of the epochs, and at the end cell.json; TABLE is the
 name of the table's file, by default runs/baselines/DATA.json. After Ctrl-C or a crash type the
-command again: what is done is never done again. Two commands may fill one table, each its methods.
+command again: what is done is never done again. Two commands may fill one table, each its methods,
+cae and mage in the same one: they share a tokenizer.
 
 "rows" of the file has for each method means over the seeds: parameters, encoder_parameters, width
 (of the probed feature), seconds (of training), flops_per_image (forward and backward), flops (of
@@ -334,9 +335,7 @@ def screen_rates(table: Table, settings: dict[str, Any]) -> dict[str, float]:
         folder = table.folder(tried, f"-lr-{rate:g}")
         try:
             found[rate] = run_stage(table, tried, folder, 1)["held_out"]
-        except SystemExit as end:
-            if end.code != 2:  # a signal
-                raise
+        except train.NotFinite:
             found[rate] = 0.0
 
     for rate in RATES:
@@ -542,7 +541,7 @@ def main(argv: list[str] | None = None) -> None:
     for method in methods:  # sizes that do not fit are found before anything is trained
         if method in METHODS:
             flops_per_image(method, common | {"method": method})
-    command = train.origin(["-m", "appendix.baselines", *argv])
+    command = train.origin(["-m", "appendix.baselines", *argv], common["device"])
     table = Table(out, split, probed, common["epochs"], command)
     write_table(table, common, seeds)  # where it cannot be written, nothing is trained
     for seed in range(seeds):

@@ -66,16 +66,16 @@ class Program:
         self.net, self.pixels = train.build_dier(settings), random_pixels(settings)
 
     def turn(self, n: int) -> list[float]:
-        """Seconds a step, from n rows of the log.
+        """Seconds a step, from rows of the log, over about n steps.
 
         On a CPU these are rows of one step each. On CUDA such a row makes the host wait for the
         device, so only rows 20 steps apart show the loop's speed; and the first of these began with
         an idle device, so that it took the host less time than the device.
         """
-        warmup, each = WARMUP, 1
+        warmup, steps = WARMUP, n
         if torch.device(self.settings["device"]).type == "cuda":
-            warmup, each = 2 * ROW_STEPS, ROW_STEPS
-        epochs = (warmup + each * n) / 4  # one has four batches
+            warmup, steps = 2 * ROW_STEPS, ROW_STEPS * max(1, n // ROW_STEPS)
+        epochs = (warmup + steps) / 4  # one has four batches
         settings = {**self.settings, "epochs": epochs}
         train.train(self.net, train.dier_loss, self.pixels, settings, self.folder)
         rows = map(json.loads, (self.folder / "log.jsonl").read_text().splitlines())
@@ -131,13 +131,16 @@ def work(
 ) -> None:
     """A process of its own: takes a turn of n whenever told n; at 0 tells its memory and ends."""
     torch.set_num_threads(threads)
+    device = torch.device(settings["device"])
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")  # TF32 for the reference too
     before = memory("VmRSS")
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         runner = side(settings, folder)
         for n in iter(pipe.recv, 0):
             pipe.send(runner.turn(n))
-    on_gpu = torch.device(settings["device"]).type == "cuda"
-    pipe.send(torch.cuda.max_memory_allocated() if on_gpu else memory("VmHWM") - before)
+    pipe.send(torch.cuda.max_memory_allocated(device) if on_gpu else memory("VmHWM") - before)
 
 
 def ask(pipe: Connection, process: BaseProcess, n: int) -> Any:

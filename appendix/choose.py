@@ -44,7 +44,7 @@ from model import DiER
 from train import RUNS, Parser, find_run, guard, load_model, origin, pick_device, read_config
 
 TIMES = [0, 20, 50, *range(100, 801, 50), 900, 999]
-IMAGES, BLOCK = 1_000, 100  # images behind t and behind the gain; at a time
+IMAGES, BLOCK = 1_000, 25  # images behind t and behind the gain; at a time
 TESTED = 4_000  # test images behind --few
 EACH, DRAWS = (1, 5, 10, 100), 5  # of --few: labelled images a class; how often they are drawn
 
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     name = typed.get("data", settings["data"])
     result = {"name": str(folder.relative_to(RUNS)), "data": name, "images": len(x0)}
     result |= {"power": power, "chosen_t": t, "step": saved["step"]}
-    result |= origin(["-m", "appendix.choose", *argv])
+    result |= origin(["-m", "appendix.choose", *argv], str(device))
     files = {"choose": rows}
     if "few" in typed:
         files["few"] = few_labels(model, settings, splits, t, device)

@@ -405,7 +405,7 @@ def test_the_rate_is_the_best_on_held_out_images_and_an_edge_gets_one_more(
         assert share == 1 and settings["seed"] == 0 and settings["epochs"] == 1.0
         looked.append(settings["lr"])
         if planted[settings["lr"]] is None:
-            data.fail("not finite")
+            data.fail("not finite", train.NotFinite)
         return {"held_out": planted[settings["lr"]], "top1": -planted[settings["lr"]]}
 
     monkeypatch.setattr(baselines, "run_stage", stage)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import fails
+from conftest import fails, write_folder
 from PIL import Image
 
 import data
@@ -361,6 +361,13 @@ def test_images_without_classes_all_train_and_a_fifth_of_them_is_test(prefix):
     assert sorted(values(train)) == list(range(20)) and len(test.images) == 4
     assert train.labels is None and test.labels is None and train.class_names == []
     assert len(load("set", limit=7)[0].images) == 7
+
+
+def test_a_broken_link_is_named(tmp_path):
+    write_folder(tmp_path / "set")
+    os.symlink("gone.png", "set/train/class0/link.png")
+    with pytest.raises(FileNotFoundError, match="link.png"):  # one line by train.guard
+        data.load("set", 8, 3, "data")
 
 
 def test_links_are_followed_but_not_back_to_a_parent():

@@ -537,6 +537,31 @@ def test_the_table_is_printed_before_a_file_that_cannot_be_written(trained, caps
     assert len(error.splitlines()) == 1 and "Is a directory" in error
 
 
+def test_many_times_get_a_short_name_of_their_own(tmp_path):
+    lists = (list(range(0, 991, 10)), list(range(0, 992, 10)), list(range(1, 992, 10)))
+    names = [probe.result_path(tmp_path, {"t": t}, {"t": probe.TIMES}).name for t in lists]
+    assert names[0] == names[1] != names[2] and all(len(name) < 40 for name in names)
+
+
+def test_large_images_are_encoded_few_at_a_time():
+    """As many pixels at once as 250 images of 64 x 64 have, and every image once."""
+    seen = []
+
+    def encoder(x0, t):
+        seen.append(len(x0))
+        return x0.flatten(1)[:, :1]
+
+    for side, n, want in ((64, 300, [250, 50]), (256, 20, [15, 5]), (8, 300, [250, 50])):
+        images = (np.arange(n) % 256).astype(np.uint8)[:, None, None, None]
+        images = np.broadcast_to(images, (n, 1, side, side))
+        module = type("Net", (nn.Module,), {"forward": staticmethod(encoder)})()
+        v = probe.encode(module, images, 0, CPU, "v")
+        assert seen == want and torch.equal(
+            v, probe.to_float(torch.from_numpy(images[:, :, 0, 0].copy())).half()
+        )
+        seen.clear()
+
+
 def test_a_collapsed_encoder_reads_chance(tmp_path, monkeypatch, capsys):
     """Equal grey pictures: features are constant, all scores are tied, and a tie is no hit."""
     monkeypatch.chdir(tmp_path)

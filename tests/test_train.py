@@ -274,6 +274,45 @@ def test_a_resumed_run_may_change_its_precision(folder):
     assert scales == [5, 10, None, 5] and checkpoint("set")["step"] == 25
 
 
+def test_moments_of_a_gpus_layout_are_those_of_the_cpu(folder, tmp_path):
+    """On CUDA the encoder, and so Adam's moments, lie channels last; fused Adam does not look."""
+    flags = ["--data", folder, "--epochs", "4", "--batch-size", "16", "--name"]
+    run(*flags, "here")
+    run(*flags, "there")
+    saved, turned = checkpoint("there"), 0
+    for moments in saved["optimizer"]["state"].values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            if moments[key].ndim == 4:
+                moments[key] = moments[key].contiguous(memory_format=torch.channels_last)
+                turned += not moments[key].is_contiguous()
+    assert turned > 10
+    torch.save(saved, train.RUNS / "there/checkpoint.pt")
+    for name in ("here", "there"):
+        resume(name, "--epochs", "8")
+    assert rows("here") == rows("there")
+    assert_same(checkpoint("here"), checkpoint("there"))
+
+
+def test_a_stop_in_the_last_step_is_the_end(folder, monkeypatch, capsys):
+    interrupt_at(9, monkeypatch)
+    run("--data", folder, "--epochs", "4", "--batch-size", "16")
+    assert "10 steps, 160 images seen" in capsys.readouterr().out
+
+
+def test_a_slow_save_does_not_make_every_step_save(folder, monkeypatch):
+    """The time between two saves counts from the end of the first."""
+    real, saves = train.save, []
+
+    def save(*args):
+        real(*args)
+        saves.append(time.sleep(0.5))
+
+    monkeypatch.setattr(train, "save", save)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.4)
+    run("--data", folder, "--epochs", "10", "--batch-size", "16")  # 25 steps of some 10 ms
+    assert 2 <= len(saves) < 10
+
+
 def test_resume_finds_data_that_moved_and_refuses_data_that_changed(folder, tmp_path, capsys):
     run("--data", folder, "--epochs", "2", "--batch-size", "16", "--minutes", "5")
     (tmp_path / "set").rename(tmp_path / "moved")
@@ -355,7 +394,9 @@ def test_bad_input_is_one_line_and_status_2(folder, tmp_path, capsys):
 def foreign(path, kind):
     """Checkpoints that are none of ours."""
     saved = torch.load(path, weights_only=True)
-    if kind == "cut":
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "cut":
         path.write_bytes(path.read_bytes()[:1000])
     elif kind == "pickle":
         torch.save({"object": Image.new("L", (2, 2))}, path)
@@ -368,7 +409,7 @@ def foreign(path, kind):
         torch.save(saved, path)
 
 
-@pytest.mark.parametrize("kind", ["cut", "pickle", "state_dict", "list", "other sizes"])
+@pytest.mark.parametrize("kind", ["empty", "cut", "pickle", "state_dict", "list", "other sizes"])
 def test_a_foreign_or_damaged_checkpoint_is_one_line(folder, kind, capsys):
     run("--data", folder, "--epochs", "1")
     path = train.RUNS / "set/checkpoint.pt"
@@ -577,7 +618,7 @@ def test_a_run_keeps_where_it_began(folder, monkeypatch):
     assert first["versions"]["torch"] == str(torch.__version__)
     assert re.search(r"threads \(.+\), fp32 [\d,]+ GFLOP/s, bf16 [\d,]+ GFLOP/s$", first["machine"])
     monkeypatch.setenv("PATH", "")  # no git
-    assert train.origin(["x.py"])["commit"] == ""
+    assert train.origin(["x.py"], "cpu")["commit"] == ""
     resume("a b", "--epochs", "2")
     assert checkpoint("a b")["settings"]["origin"] == first
 
