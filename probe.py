@@ -382,11 +382,9 @@ def print_summary(result: dict[str, Any]) -> None:
     if tried:
         images, seconds = (sum(row[key] for row in tried) for key in ("images", "seconds"))
         sweep = len(TIMES) * (n_train + n_test)
-        # A floor takes as long as a t, so what came after the search was one t of 1 + 3.
-        slower = (len(TIMES) + 3) / 4 * (result["seconds"] - seconds)
         print(
             f"search: {images:,} images encoded, {images / sweep:.1%} of a sweep's {sweep:,}, in "
-            f"{seconds:.0f} s, {seconds / slower:.1%} of a sweep's about {slower:.0f} s"
+            f"{seconds:.0f} s"
         )
     print("floors: " + ", ".join(f"{kind} {value:.2f}" for kind, value in result["floors"].items()))
     print(

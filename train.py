@@ -760,9 +760,10 @@ def main(argv: list[str] | None = None) -> None:
             fail(f"{folder} holds a trained run: add --resume to go on, or choose another --name")
     batch, pieces = settings["batch_size"], ranks()[1] * settings["accum"]
     if batch % pieces:
+        way = "another --accum" if saved else str(math.ceil(batch / pieces) * pieces)
         fail(
             f"--batch-size {batch} is not a multiple of {ranks()[1]} process(es) x --accum "
-            f"{settings['accum']}: give {-(-batch // pieces) * pieces}"
+            f"{settings['accum']}: give {way}"
         )
     with torch.device("meta"):
         parts = build_dier(settings).named_children()
@@ -805,12 +806,13 @@ def run(
     step, seconds, stopped = train(net, dier_loss, split.images, settings, folder, saved)
     name, seen = folder.relative_to(RUNS), step * settings["batch_size"]
     if stopped and seen < settings["epochs"] * len(split.images):
-        print(f"stopped at step {step:,}: python train.py --name {name} --resume goes on")
+        again = f"python train.py --name {shlex.quote(str(name))} --resume"
+        print(f"stopped at step {step:,}: {again} goes on")
         raise SystemExit(128 + stopped)
     if ranks()[0]:  # rank 0 speaks; it may not have saved yet
         return
     newest = folder.parent == RUNS and folder == find_run()
-    named = "" if newest else f" --name {name}"
+    named = "" if newest else f" --name {shlex.quote(str(name))}"
     t = " --t 400" if settings["data"] == "glyphs" else ""
     print(
         f"{step:,} steps, {seen:,} images seen, {clock(seconds)} in this call; next: python "
