@@ -22,6 +22,7 @@ import csv
 import errno
 import hashlib
 import http.client
+import json
 import math
 import os
 import platform
@@ -117,6 +118,11 @@ def replace_file(path: Path, write: Callable[[Path], Any], temporary: Path | Non
         temporary.replace(path)
     finally:  # Ctrl-C comes here too
         remove(temporary)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all."""
+    replace_file(path, lambda to: to.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 def private_name(path: Path) -> Path:

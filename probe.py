@@ -23,7 +23,6 @@ Shapes: N training and M test images, B batch, V = 1024, K classes, H heads.
 
 import argparse
 import hashlib
-import json
 import math
 import re
 import sys
@@ -39,7 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Split, fail, load, mix_seed, progress, replace_file, sample, to_float
+from data import Split, fail, load, mix_seed, progress, replace_file, sample, to_float, write_json
 from diffusion import T
 from train import (
     AMP,
@@ -94,16 +93,14 @@ def encode(
     return torch.cat(parts)
 
 
-def raw_pixels(images: np.ndarray) -> Tensor:
-    """The floor of no network: uint8 (N, C, H, W) -> (N, C * h * w) in half precision, h x w being
-    32 x 32 by averaging where the images are larger."""
-    parts = []
-    for first in range(0, len(images), BLOCK):
-        x = to_float(torch.from_numpy(np.array(images[first : first + BLOCK])))
-        if x.shape[2] > PIXELS:
-            x = F.interpolate(x, (PIXELS, PIXELS), mode="area")
-        parts.append(x.flatten(1).half())
-    return torch.cat(parts)
+class Pixels(nn.Module):
+    """The floor of no network, in the place of an encoder: (B, C, H, W), (B,) -> (B, C * h * w),
+    averaged to h = w = 32 where the images are larger."""
+
+    def forward(self, x0: Tensor, t: Tensor) -> Tensor:
+        if x0.shape[2] > PIXELS:
+            x0 = F.interpolate(x0, (PIXELS, PIXELS), mode="area")
+        return x0.flatten(1)
 
 
 def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,8 +302,8 @@ def probe(
     export: Path | None = None,
 ) -> dict[str, Any]:
     """The whole protocol at each of the times for an encoder that maps images (B, C, H, W) and t
-    (B,) to v (B, V); prints a row as soon as it is known. Then scores `floors` at the chosen t, and
-    raw pixels too; an empty `floors` skips both. Returns what probe.json holds, but for its name.
+    (B,) to v (B, V); prints a row as soon as it is known. Then scores `floors`, more such encoders,
+    at the chosen t. Returns what probe.json holds, but for its name.
 
     `protocol` has norm, epochs, lr and classes. With `export`, v_t is written there as well, as an
     .npz: x_train_T (N, V) and x_test_T (M, V) in half precision for each time T, y_train, y_test.
@@ -343,9 +340,6 @@ def probe(
 
     chosen, oracle = choose(rows, "held_out"), choose(rows, "top1")
     scores = {}
-    if floors:
-        pixels = [raw_pixels(split.images).to(device) for split in splits]
-        scores["pixels"] = score(*pixels)["top1"]
     for kind, floor in floors.items():
         scores[kind] = score(*features(floor, chosen["t"], kind))["top1"]
     result = {"rows": rows, "floors": scores, "protocol": protocol}
@@ -477,7 +471,8 @@ def main(argv: list[str] | None = None) -> None:
             "appendix.choose finds a t without them"
         )
     protocol |= {"classes": classes, "step": saved["step"]}
-    floors = {kind: untrained_encoder(settings, kind == "random") for kind in FLOORS}
+    floors = {"pixels": Pixels()}
+    floors |= {kind: untrained_encoder(settings, kind == "random") for kind in FLOORS}
 
     seen = saved["step"] * settings["batch_size"] / settings["images"]
     result = {"name": str(folder.relative_to(RUNS)), "seed": settings["seed"], "epochs": seen}
@@ -499,7 +494,7 @@ def main(argv: list[str] | None = None) -> None:
     result["seconds"] = time.monotonic() - start
     print_summary(result)
     path = result_path(folder, typed, standard)
-    replace_file(path, lambda to: to.write_text(json.dumps(result, indent=1) + "\n"))
+    write_json(path, result)
     print(f"saved: {path}")
 
 

@@ -62,6 +62,7 @@ from data import (
     on_device,
     replace_file,
     status,
+    write_json,
 )
 from diffusion import T, alphas_cumprod, eps_loss, predict_x0, q_sample
 from model import PRESETS, DiER, ModelConfig, table_row
@@ -799,8 +800,7 @@ def run(
     settings = {"origin": None, **settings, **found, "launch": this_launch()}
     if ranks()[0] == 0:
         settings["origin"] = settings["origin"] or origin(command, settings["device"])
-        text = json.dumps(settings, indent=1) + "\n"
-        replace_file(folder / "config.json", lambda path: path.write_text(text))
+        write_json(folder / "config.json", settings)
     torch.manual_seed(settings["seed"])
     net = build_dier(settings)
     step, seconds, stopped = train(net, dier_loss, split.images, settings, folder, saved)

@@ -65,7 +65,7 @@ from appendix.dmjd import build_dmjd
 from appendix.masked import LMIM, MAE, vit_config
 from appendix.swin import LMIMSwin, swin_config
 from appendix.unet import build_dier_unet, build_diffae
-from data import fail, replace_file
+from data import fail, write_json
 from diffusion import T
 from model import DiER, Encoder, ModelConfig, V
 from train import RUNS, dier_loss, model_config
@@ -195,17 +195,7 @@ def flops_per_image(name: str, settings: dict[str, Any]) -> int:
 # ---------------------------------------------------------------------------- floors without a net
 
 
-class Pixels(nn.Module):
-    """Raw pixels in the place of an encoder: (B, C, H, W), (B,) -> (B, C * h * w), averaged to
-    32 x 32 if they are more."""
-
-    def forward(self, x0: Tensor, t: Tensor) -> Tensor:
-        if x0.shape[2] > probe.PIXELS:
-            x0 = F.interpolate(x0, (probe.PIXELS, probe.PIXELS), mode="area")
-        return x0.flatten(1)
-
-
-class PCA(Pixels):
+class PCA(probe.Pixels):
     """Raw pixels on their first components, at most 1,024: (B, C, H, W), (B,) -> (B, P).
 
     pixels: float (N, C * h * w), those of the training images.
@@ -228,9 +218,10 @@ class PCA(Pixels):
 def floor_encoder(name: str, settings: dict[str, Any], split: data.Split) -> nn.Module:
     """The encoder of a row of FLOORS; `split` has the training images of the probe."""
     if name == "pixels":
-        return Pixels()
+        return probe.Pixels()
     if name == "pca":
-        return PCA(probe.raw_pixels(split.images).float())
+        pixels = probe.encode(probe.Pixels(), split.images, 0, torch.device("cpu"), "pixels")
+        return PCA(pixels.float())
     return probe.untrained_encoder(settings, name == "random")
 
 
@@ -433,11 +424,6 @@ def run_floor(table: Table, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------- the table
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all."""
-    replace_file(path, lambda to: to.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 def make_rows(cells: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ from torch import Tensor
 
 import train
 from appendix.baselines import flops_per_image
-from data import SETS, batch_index, fail, get_batch, on_device, progress, replace_file
+from data import SETS, batch_index, fail, get_batch, on_device, progress, write_json
 from model import PRESETS
 from tests.reference import PlainDiER, PlainTraining
 from train import ROW_STEPS
@@ -314,8 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     result = compare({**train.resolve({"data": "mnist", **typed}), "amp": amp})
     print_report(result)
     if path:
-        text = json.dumps(result, indent=1) + "\n"
-        replace_file(path, lambda to: to.write_text(text))
+        write_json(path, result)
         print(f"saved: {path}")
 
 

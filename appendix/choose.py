@@ -36,9 +36,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import probe
-from appendix.baselines import write_json
 from appendix.recover import encode, predict_eps, standard_noise
-from data import Split, fail, load, mix_seed, progress, replace_file, sample, to_float
+from data import (
+    Split,
+    fail,
+    load,
+    mix_seed,
+    progress,
+    replace_file,
+    sample,
+    to_float,
+    write_json,
+)
 from diffusion import alphas_cumprod, eps_loss, q_sample
 from model import DiER
 from train import RUNS, Parser, find_run, guard, load_model, origin, pick_device, read_config
@@ -138,12 +147,10 @@ def few_labels(
     images = train.images[pool], test.images[index]
     y, y_test = (torch.from_numpy(x).to(device) for x in (train.labels, test.labels[index]))
     encoders = {"v": model.encoder, "random": probe.untrained_encoder(settings, random=True)}
+    encoders["pixels"] = probe.Pixels()
     rows = []
-    for kind in ("v", "random", "pixels"):
-        if kind == "pixels":
-            x = [probe.raw_pixels(part).to(device) for part in images]
-        else:
-            x = [probe.encode(encoders[kind], part, t, device, kind) for part in images]
+    for kind, encoder in encoders.items():
+        x = [probe.encode(encoder, part, t, device, kind) for part in images]
         x, x_test = probe.standardise(*x)
         for n in each:
             scores = []

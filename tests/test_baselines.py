@@ -337,14 +337,6 @@ def test_pca_keeps_the_directions_of_largest_variance_first():
     assert baselines.PCA(wide)(wide.view(8, 3, 20, 20), None).shape == (8, model.V)
 
 
-@pytest.mark.parametrize("size", [8, 64])
-def test_the_floor_of_pixels_is_the_probes_own(size):
-    """At most 32 x 32, each averaged."""
-    images = np.random.default_rng(0).integers(0, 256, (5, 3, size, size), np.uint8)
-    pixels = baselines.Pixels()(data.to_float(torch.from_numpy(images)), torch.zeros(5))
-    assert torch.equal(pixels.half(), probe.raw_pixels(images))
-
-
 # ---------------------------------------------------------------------------- cells
 
 RUNS = train.RUNS / "baselines"

@@ -159,7 +159,7 @@ def test_few_labels_against_a_plain_classifier_of_each_draw():
         kind: [probe.encode(encoder, s.images, 300, CPU, "") for s in splits]
         for kind, encoder in encoders.items()
     }
-    features["pixels"] = [probe.raw_pixels(s.images) for s in splits]
+    features["pixels"] = [data.to_float(torch.from_numpy(s.images)).flatten(1) for s in splits]
     for kind, (x, x_test) in features.items():
         x, x_test = x.double().numpy(), x_test.double().numpy()
         mean, std = x[pool].mean(0), x[pool].std(0)

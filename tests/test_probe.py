@@ -59,10 +59,12 @@ def test_encoding_uses_eval_mode_and_leaves_the_weights_alone(amp, tolerance, mo
 def test_raw_pixels_are_averaged_to_32():
     image = np.zeros((1, 1, 64, 64), np.uint8)
     image[0, 0, 0, 0:2] = 255
-    x = probe.raw_pixels(image)
+    x = probe.encode(probe.Pixels(), image, 0, CPU, "")
     assert x.shape == (1, 1024) and x.dtype == torch.half
     assert x[0, 0] == pytest.approx(0.0, abs=1e-3) and x[0, 1] == -1
-    assert probe.raw_pixels(np.zeros((300, 3, 16, 16), np.uint8)).shape == (300, 768)
+    small = np.random.default_rng(0).integers(0, 256, (300, 3, 16, 16), np.uint8)
+    x = probe.encode(probe.Pixels(), small, 0, CPU, "")
+    assert torch.equal(x, data.to_float(torch.from_numpy(small)).flatten(1).half())
 
 
 def test_standardising_uses_the_training_set_alone():
