@@ -113,8 +113,7 @@ def ddim_step(
     x0 = predict_x0(x_t, abar_t, eps, clip)
     if clip:
         eps = (x_t - abar_t.sqrt() * x0) / (1.0 - abar_t).sqrt()
-    # eta = 0 skips the variance: it would be negative on the way to the noise.
-    variance = eta**2 * posterior_variance(abar_t, abar_prev) if eta else torch.zeros_like(abar_t)
+    variance = eta**2 * posterior_variance(abar_t, abar_prev)
     x = abar_prev.sqrt() * x0 + (1.0 - abar_prev - variance).clamp(min=0.0).sqrt() * eps
     return x + variance.sqrt() * noise if noise is not None else x
 

@@ -245,8 +245,9 @@ def resolve_resumed(typed: dict[str, Any], saved: dict[str, Any]) -> dict[str, A
 
 def describe(settings: dict[str, Any], counts: dict[str, int], folder: Path, auto: bool) -> None:
     """Print what will be trained, every resolved value included."""
-    why = "no GPU: " if auto and settings["preset"] == "cpu" else ""
-    more = "; --preset paper for Table 4" if settings["preset"] == "cpu" else ""
+    small = settings["preset"] == "cpu"
+    why = "no GPU: " if auto and small and not torch.cuda.is_available() else ""
+    more = "; --preset paper for Table 4" if small else ""
     total, encoder = sum(counts.values()) / 1e6, counts["encoder"] / 1e6
     print(
         f"{why}preset {settings['preset']}, {total:.1f}M parameters, of which the encoder has "
@@ -338,6 +339,13 @@ def restore(part: Any, state: dict[str, Any]) -> None:
 def build_dier(settings: dict[str, Any]) -> DiER:
     """DiER in the sizes of the settings."""
     return DiER(model_config(settings))
+
+
+def parameter_counts(settings: dict[str, Any]) -> dict[str, int]:
+    """Parameters of {encoder, dit}, counted on the meta device, where nothing is allocated."""
+    with torch.device("meta"):
+        parts = build_dier(settings).named_children()
+    return {part: sum(p.numel() for p in net.parameters()) for part, net in parts}
 
 
 def origin(command: list[str], device_name: str) -> dict[str, Any]:
@@ -766,9 +774,7 @@ def main(argv: list[str] | None = None) -> None:
             f"--batch-size {batch} is not a multiple of {ranks()[1]} process(es) x --accum "
             f"{settings['accum']}: give {way}"
         )
-    with torch.device("meta"):
-        parts = build_dier(settings).named_children()
-        counts = {part: sum(p.numel() for p in net.parameters()) for part, net in parts}
+    counts = parameter_counts(settings)
     describe(settings, counts, folder, "preset" not in typed and not saved)
     if dry_run:
         print(json.dumps({**settings, "parameters": counts}))

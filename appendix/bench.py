@@ -242,11 +242,8 @@ def compare(settings: dict[str, Any]) -> dict[str, Any]:
     keys = ("preset", "data", "size", "batch_size", "device")
     result = {key: settings[key] for key in keys}
     result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    with torch.device("meta"):
-        parts = train.build_dier(settings).named_children()
-        counts = {part: sum(p.numel() for p in net.parameters()) for part, net in parts}
     flops = flops_per_image("dier", settings)
-    result |= {"parameters": counts, "flops_per_image": flops}
+    result |= {"parameters": train.parameter_counts(settings), "flops_per_image": flops}
     sides, device = take_turns(settings), torch.device(settings["device"])
     rows = {}
     for name, side in sides.items():
