@@ -56,7 +56,8 @@ warnings.filterwarnings("ignore", module="PIL")  # of odd metadata, and of image
 
 
 def fail(message: str, kind: type[SystemExit] = SystemExit) -> NoReturn:
-    """Print one line and exit with status 2: the way every command reports bad input."""
+    """Print one line and exit with status 2, by an exception of that kind: the way every command
+    reports bad input."""
     if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun one process a machine speaks
         print(f"error: {message}", file=sys.stderr)
     raise kind(2)

@@ -100,6 +100,7 @@ def number(kind: type, fits: Callable[[float], bool], what: str) -> Callable[[st
     """An argparse type: a number of that kind for which fits(number) holds."""
 
     def parse(text: str) -> Any:
+        """The number that the text says."""
         try:
             value = kind(text)
             if math.isfinite(value) and fits(value):
@@ -112,7 +113,7 @@ def number(kind: type, fits: Callable[[float], bool], what: str) -> Callable[[st
 
 
 whole = number(int, lambda n: n > 0, "a whole number above 0")
-count = number(int, lambda n: 0 <= n < 2**63, "a whole number, 0 or more")
+count = number(int, lambda n: 0 <= n < 2**63, "a whole number, 0 or more, below 2^63")
 positive = number(float, lambda x: x > 0, "a number above 0")
 not_negative = number(float, lambda x: x >= 0, "a number, 0 or more")
 share = number(float, lambda x: 0 <= x < 1, "in [0, 1)")
@@ -431,7 +432,7 @@ def make_parts(
     net: nn.Module, settings: dict[str, Any], device: torch.device, saved: dict[str, Any] | None
 ) -> dict[str, Any]:
     """What training changes, and so what a checkpoint holds: the weights, their average, Adam's
-    moments, the factor of fp16's scaler; new, or as saved."""
+    moments, the factor of fp16's scaler; new, or taken out of `saved`."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
         net.encoder.to(memory_format=torch.channels_last)  # what tensor cores read

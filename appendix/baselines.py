@@ -322,6 +322,7 @@ def screen_rates(table: Table, settings: dict[str, Any]) -> dict[str, float]:
     found: dict[float, float] = {}
 
     def look(rate: float) -> None:
+        """Train with that rate and note its held-out accuracy, in percent."""
         tried = {**settings, "lr": rate, "seed": 0, "epochs": SCREEN * settings["epochs"]}
         folder = table.folder(tried, f"-lr-{rate:g}")
         try:

@@ -416,6 +416,14 @@ def test_the_rate_is_the_best_on_held_out_images_and_an_edge_gets_one_more(
         assert len(found) == len(looked) and list(found.values()) == sorted(found.values())[::-1]
 
 
+def test_a_damaged_screen_ends_the_command_and_scores_nothing(tiny, folder, monkeypatch):
+    monkeypatch.setattr(baselines, "run_stage", lambda *_: data.fail("checkpoint.pt is damaged"))
+    table, settings = table_of(folder, epochs=10)
+    with pytest.raises(SystemExit) as stop:
+        baselines.screen_rates(table, {**settings, "seed": 3})
+    assert stop.value.code == 2
+
+
 def table_of(folder, name="mae", **typed):
     """A table on a folder of images, and the settings of a method in it."""
     settings = baselines.method_settings(name, {"data": folder, **typed})

@@ -420,6 +420,24 @@ def test_a_foreign_or_damaged_checkpoint_is_one_line(folder, kind, capsys):
         assert "train a" in error
 
 
+def test_a_checkpoint_that_may_not_be_read_is_not_to_be_deleted(folder, monkeypatch, capsys):
+    run("--data", folder, "--epochs", "1")
+    denied = PermissionError(13, "Permission denied", "runs/set/checkpoint.pt")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(denied))
+    error = fails(capsys, train.guard, lambda: resume("set", "--epochs", "9"))
+    assert error == "error: runs/set/checkpoint.pt: Permission denied\n"
+
+
+def test_only_rank_0_looks_for_a_run_at_the_end(folder, monkeypatch):
+    """Where rank 1 ends first, no checkpoint is there yet."""
+    settings = train.resolve({"data": folder, "size": 8, "device": "cpu"})
+    monkeypatch.setattr(train, "train", lambda *_: (10, 1.0, 0))
+    monkeypatch.setattr(train, "ranks", lambda: (1, 2, 1))
+    monkeypatch.setattr(train.dist, "barrier", lambda: None)
+    train.run({**settings, "patch": 2}, train.RUNS / "set", None, ["train.py"])
+    assert not train.RUNS.exists()
+
+
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(folder, tmp_path):
     """`ulimit -f` lets no file grow beyond its limit, as a full disk does."""
     run("--data", folder, "--epochs", "2", "--batch-size", "16")
