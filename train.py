@@ -811,12 +811,15 @@ def run(
     torch.manual_seed(settings["seed"])
     net = build_dier(settings)
     step, seconds, stopped = train(net, dier_loss, split.images, settings, folder, saved)
+    if size > 1:  # all end together, when rank 0 has saved: gloo's threads abort a lonely end
+        dist.barrier()
+        dist.destroy_process_group()
     name, seen = folder.relative_to(RUNS), step * settings["batch_size"]
     if stopped and seen < settings["epochs"] * len(split.images):
         again = f"python train.py --name {shlex.quote(str(name))} --resume"
         print(f"stopped at step {step:,}: {again} goes on")
         raise SystemExit(128 + stopped)
-    if ranks()[0]:  # rank 0 speaks; it may not have saved yet
+    if ranks()[0]:  # rank 0 speaks; on another machine there is no checkpoint
         return
     newest = folder.parent == RUNS and folder == find_run()
     named = "" if newest else f" --name {shlex.quote(str(name))}"
