@@ -52,24 +52,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from data import (
-    DISK,
-    batch_index,
-    clock,
-    fail,
-    get_batch,
-    mix_seed,
-    on_device,
-    replace_file,
-    status,
-    write_json,
-)
+from data import batch_index, clock, fail, get_batch, mix_seed, on_device, replace_file, status
 from diffusion import T, alphas_cumprod, eps_loss, predict_x0, q_sample
 from model import PRESETS, DiER, ModelConfig, table_row
 
 RUNS = Path("runs")
 SAVE_SECONDS = 60.0  # between two checkpoints; many processes save at the next row
-PREVIEW_SECONDS, PREVIEW_TIMES = 150.0, (100, 300, 500, 700, 900)
+PREVIEW_TIMES = (100, 300, 500, 700, 900)
 ROW_STEPS = 20  # a row of the log for each of the first 20 steps, then for every 20th
 # What training sums up on the device: 0-9 loss and 10-19 images by tenth of t, then
 NORM, FINITE, SKIPPED, STOP, SUMS = 20, 21, 22, 23, 24
@@ -215,15 +204,15 @@ def model_config(settings: dict[str, Any]) -> ModelConfig:
 
 def resolve(typed: dict[str, Any]) -> dict[str, Any]:
     """Every setting of a new run as plain values: what was typed, else the preset's."""
-    settings = {**DEFAULTS, **typed}
-    device, preset = pick_device(settings["device"]), settings["preset"]
+    name = typed.get("device", DEFAULTS["device"])
+    device = pick_device(name)
+    preset = typed.get("preset", DEFAULTS["preset"])
     if preset == "auto":
         preset = "paper" if device.type == "cuda" else "cpu"
-    facts = data.set_facts(settings["data"])._asdict()
-    row = table_row(preset, settings["data"], facts["row"])
-    settings = {**DEFAULTS, **facts, **row, **typed, "preset": preset, "device": device.type}
-    if typed.get("device", "auto") != "auto":
-        settings["device"] = typed["device"]
+    facts = data.set_facts(typed.get("data", DEFAULTS["data"]))._asdict()
+    row = table_row(preset, typed.get("data", DEFAULTS["data"]), facts["row"])
+    settings = {**DEFAULTS, **facts, **row, **typed, "preset": preset}
+    settings["device"] = device.type if name == "auto" else name
     settings["amp"] = pick_amp(settings["amp"], device)
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}  # as JSON
     model_config(settings)
@@ -305,7 +294,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types on a damaged or foreign file
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in DISK:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in data.DISK:
             raise  # a fault of the machine and not of the file
         reason = (str(error).splitlines() or ["it is empty"])[0][:100]
         fail(f"{path} cannot be read ({reason}): delete {folder} and train again")
@@ -351,8 +340,7 @@ def parameter_counts(settings: dict[str, Any]) -> dict[str, int]:
 
 def origin(command: list[str], device_name: str) -> dict[str, Any]:
     """Where a result comes from: the command, the commit of this code ("" outside git; "-dirty"
-    with changes), versions, and the machine in words, with the GFLOP/s of a matrix product on the
-    device."""
+    with changes), versions, and the machine in words."""
     ask = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         here = Path(__file__).parent
@@ -362,28 +350,15 @@ def origin(command: list[str], device_name: str) -> dict[str, Any]:
         commit = ""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     versions |= {"numpy": np.__version__, "pillow": Image.__version__}
-    device, side = pick_device(device_name), 1024
-    words = f"{torch.get_num_threads()} CPU threads"
     flags = torch.cpu.get_capabilities()
     known = [name for name in ("avx2", "avx512_bf16", "amx_bf16") if flags.get(name)]
-    words += f" ({', '.join(known) or platform.machine()})"
+    kind = ", ".join(known) or platform.machine()
+    machine = f"{torch.get_num_threads()} CPU threads ({kind})"
+    device = pick_device(device_name)
     if device.type == "cuda":
-        side, words = 8192, f"{torch.cuda.get_device_name(device)}, {words}"
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a = torch.ones(side, side, dtype=dtype, device=device)
-        words += f", {name} {2e-9 * side**3 / best_seconds(lambda a=a: a @ a):,.0f} GFLOP/s"
+        machine = f"{torch.cuda.get_device_name(device)}, {machine}"
     shown = shlex.join(["python", *command])
-    return {"command": shown, "commit": commit, "versions": versions, "machine": words}
-
-
-def best_seconds(call: Callable[[], Tensor]) -> float:
-    """Seconds of the fastest of up to six calls, with the wait for the device."""
-    times: list[float] = []
-    while len(times) < 6 and sum(times) < 0.5:  # emulated bf16 can take seconds
-        start = time.perf_counter()
-        call().flatten()[0].item()  # waits
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return {"command": shown, "commit": commit, "versions": versions, "machine": machine}
 
 
 # ---------------------------------------------------------------------------- pieces of the step
@@ -406,17 +381,6 @@ def dier_loss(net: nn.Module, x0: Tensor, t: Tensor, eps: Tensor, abar: Tensor) 
     """Eq. 4.6 for each image: x0, eps (B, C, H, W), t (B,) -> (B,)."""
     x_t = q_sample(x0, t, eps, abar)
     return eps_loss(net(x_t, t, x0), eps)
-
-
-def ema_decay(decay: float, step: int) -> float:
-    """min(decay, (1 + n) / (10 + n)): a young run is averaged over about its last ninth."""
-    return min(decay, (1 + step) / (10 + step))
-
-
-@torch.no_grad()
-def update_ema(ema: list[Tensor], params: list[Tensor], decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * params, in place, in one call for all tensors."""
-    torch._foreach_lerp_(ema, params, 1.0 - decay)
 
 
 # ---------------------------------------------------------------------------- beside the loop
@@ -465,14 +429,14 @@ def add_sums(sums: Tensor, loss: Tensor, t: Tensor, norm: Tensor) -> None:
     sums[SKIPPED] += ~finite
 
 
-def read_sums(values: list[float]) -> dict[str, Any]:
+def means(sums: list[float]) -> dict[str, Any]:
     """The sums as means, None where nothing was drawn."""
-    loss, images = values[:10], values[10:20]
+    loss, images = sums[:10], sums[10:20]
     return {
         "loss": sum(loss) / max(1, sum(images)),
         "loss_by_t": [s / n if n else None for s, n in zip(loss, images)],
-        "grad_norm": values[NORM] / max(1, values[FINITE]),
-        "skipped": int(values[SKIPPED]),
+        "grad_norm": sums[NORM] / max(1, sums[FINITE]),
+        "skipped": int(sums[SKIPPED]),
     }
 
 
@@ -480,11 +444,13 @@ class NotFinite(SystemExit):
     """A run ended because its loss or its gradient was not finite; status 2."""
 
 
-def check_finite(
-    values: list[float], settings: dict[str, Any], first: int, step: int, folder: Path
-) -> None:
-    """End the run where a loss or a gradient norm since step `first` was not finite; the last good
-    checkpoint stays. Steps that fp16's scaler skips are no error."""
+def read_finite(
+    sums: Tensor, settings: dict[str, Any], first: int, step: int, folder: Path
+) -> list[float]:
+    """The sums as numbers; waits for the device. Ends the run where a loss or a gradient norm since
+    step `first` was not finite; the last good checkpoint stays. Steps that fp16's scaler skips are
+    no error."""
+    values = sums.tolist()
     tenths = [k for k, loss in enumerate(values[:10]) if not math.isfinite(loss)]
     if tenths or (values[SKIPPED] and settings["amp"] != "fp16"):
         where = ", ".join(f"{100 * k}-{100 * k + 99}" for k in tenths) or "any"
@@ -495,6 +461,7 @@ def check_finite(
             f"--amp off{f'; {kept} is the last good one' if kept.exists() else ''}",
             NotFinite,
         )
+    return values
 
 
 def open_log(folder: Path, size: int, rank: int) -> Any:
@@ -508,17 +475,15 @@ def open_log(folder: Path, size: int, rank: int) -> Any:
     return path.open("ab" if size else "wb", buffering=0)
 
 
-def time_left(done: int, steps: int, spent: float, limit: float) -> str:
-    """ ", 3:41 left", from the twentieth step of a call on: before, the rate is not known."""
-    left = (steps - done) * spent / done
-    return f", {clock(min(left, limit - spent) if limit else left)} left" if done >= 20 else ""
-
-
-def show_row(row: dict[str, Any], last: int, left: str) -> None:
-    """The progress line."""
+def show_row(row: dict[str, Any], last: int, first: int, spent: float, limit: float) -> None:
+    """The progress line of a row of the log. The time left is known from the twentieth step on of a
+    call that began at step `first`, `spent` seconds ago; it may last `limit` seconds more."""
+    done = row["step"] - first
+    left = min((last - row["step"]) * spent / done, limit)
+    more = f", {clock(left)} left" if done >= 20 else ""
     status(
         f"step {row['step']:,} of {last:,}, epoch {row['epoch']:.2f}, loss {row['loss']:.4f}, "
-        f"{row['images_per_s']:,.0f} images/s{left}"
+        f"{row['images_per_s']:,.0f} images/s{more}"
     )
 
 
@@ -558,18 +523,20 @@ def preview(
     replace_file(path, lambda to: Image.fromarray(page).save(to, format="PNG"))
 
 
-def on_signal(stops: list[int] | None = None) -> None:
-    """Let Ctrl-C and SIGTERM end the program with status 130 and 143. With `stops` the first of
-    them is only noted there, for a loop that looks at it; a second one ends the program."""
+def on_signal(finish_step: bool = False) -> list[int]:
+    """Let Ctrl-C and SIGTERM end the program with status 130 and 143. With finish_step the first of
+    them is only noted in the list returned, for a loop that looks at it; a second one ends it."""
+    stops: list[int] = []
 
     def handler(number: int, _: Any) -> None:
-        if stops is None or stops:
+        if stops or not finish_step:
             raise SystemExit(128 + number)
         stops.append(number)
         os.write(2, b"\nstopping after this step; again to stop at once\n")  # print may be busy
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
+    return stops
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -583,43 +550,42 @@ def train(
     folder: Path,
     saved: dict[str, Any] | None = None,
 ) -> tuple[int, float, int]:
-    """Train net on uint8 images (N, C, S, S) until the epochs or minutes of the settings are over,
-    from a checkpoint, `saved`, if there is one. loss_fn(net, x0, t, eps, abar) -> (B,) is
-    `dier_loss` or a baseline's. Returns the step reached, the seconds of this call, and the signal
-    that ended it (Ctrl-C and SIGTERM finish the step and save) or 0."""
+    """Train net on uint8 images (N, C, S, S), from a checkpoint if there is one, until the epochs
+    or minutes of the settings are over or a signal comes: then the step is finished and saved.
+    loss_fn(net, x0, t, eps, abar) -> (B,). Returns (step reached, seconds, the signal or 0)."""
     # What stays: settings, images and schedule on the device, this process's part of a batch.
     seed, batch, accum, amp = (settings[key] for key in ("seed", "batch_size", "accum", "amp"))
     rank, size, _ = ranks()
-    device, limit = pick_device(settings["device"]), 60 * settings["minutes"]
-    images, abar = on_device(images, device), alphas_cumprod().float().to(device)
-    shape, part = (batch, *images.shape[1:]), slice(rank, batch, size)  # every size-th image
+    device = pick_device(settings["device"])
+    images = on_device(images, device)
+    abar = alphas_cumprod().float().to(device)
+    shape = (batch, *images.shape[1:])
+    part = slice(rank, batch, size)  # every size-th image
     last = math.ceil(settings["epochs"] * len(images) / batch)
     # What changes, new or as saved: networks, optimizer, counters.
-    parts = make_parts(net.to(device), settings, device, saved)
+    parts = make_parts(net.to(device).train(), settings, device, saved)
     ema, optimizer, scaler = parts["ema"], parts["optimizer"], parts["scaler"]
     params, ema_params = list(net.parameters()), list(ema.parameters())
     model = net if size == 1 else DistributedDataParallel(net)
     counters = saved or {"step": 0, "row_step": 0, "log_size": 0, "seconds": 0.0}
-    row_step, earlier = counters["row_step"], counters["seconds"]
-    first = step = counters["step"]
+    first, row_step, earlier = (counters[key] for key in ("step", "row_step", "seconds"))
+    step = first
     sums = saved["sums"].to(device) if saved else torch.zeros(SUMS, device=device)
-    log, stops, stop = open_log(folder, counters["log_size"], rank), [], False
-    start = row_time = drawn_at = time.monotonic()
-    saved_at = told_at = -math.inf
-    on_signal(stops)
-    net.train()
+    log = open_log(folder, counters["log_size"], rank)
+    stops = on_signal(finish_step=True)
+    start = row_time = time.monotonic()
+    deadline = start + (60 * settings["minutes"] or math.inf)
+    saved_at = shown_at = -math.inf
+    stop = False
     while step < last and not stop:
-        # All that is random in step n is drawn from (seed, n) for the whole batch, of which each
-        # process takes its part: one process and eight see the same data, and a resumed run sees
-        # what it would have seen.
-        t, flips, eps = draw(seed, step, shape, device, rank)
+        # All randomness of step n is drawn from (seed, n), for the whole batch: one process and
+        # eight see the same data, each its part, and a resumed run what it would have seen.
+        t, flips, eps = (x[part] for x in draw(seed, step, shape, device, rank))
         index = batch_index(len(images), step, batch, seed, images.device)[part]
-        x0 = get_batch(images, index, device, flips[part] if settings["flip"] else None)
-        t, eps = t[part], eps[part]
+        x0 = get_batch(images, index, device, flips if settings["flip"] else None)
 
-        # Forward and backward, in `accum` pieces whose gradients add up to the batch's; processes
-        # exchange gradients on the last piece only. Autocast runs products in half precision, and
-        # the scaler keeps fp16's small gradients above zero.
+        # Forward and backward in `accum` pieces; gradients add up, and processes exchange the sum.
+        # Autocast multiplies in half precision; the scaler keeps fp16's small gradients above 0.
         losses = []
         for k, piece in enumerate(zip(x0.chunk(accum), t.chunk(accum), eps.chunk(accum))):
             model.require_backward_grad_sync = k == accum - 1
@@ -628,14 +594,16 @@ def train(
             scaler.scale(loss.mean() / accum).backward()
             losses.append(loss.detach())
 
-        # Clip against rare steep steps, then Adam, then the average of the weights.
+        # Clip rare steep steps; Adam; the weights' average, of a young run over its last ninth.
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(params, settings["clip"] or math.inf, foreach=True)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         step += 1
-        update_ema(ema_params, params, ema_decay(settings["ema"], step))
+        decay = min(settings["ema"], (1 + step) / (10 + step))
+        with torch.no_grad():  # ema <- decay * ema + (1 - decay) * params, all in one call
+            torch._foreach_lerp_(ema_params, params, 1 - decay)
 
         # The sums stay on the device, so that no step waits for it. They are read at a row: each
         # of the first steps, every 20th and the last. A single process checks after every step
@@ -643,35 +611,34 @@ def train(
         add_sums(sums, torch.cat(losses), t, norm)
         now = time.monotonic()
         at_row = step <= ROW_STEPS or step % ROW_STEPS == 0 or step == last
-        looks = at_row or size == 1
-        stop = looks and (bool(stops) or 0 < limit <= now - start)
+        decides = at_row or size == 1
+        stop = decides and (bool(stops) or now >= deadline)
         if at_row:
             sums[STOP] = stop
             if size > 1:
                 dist.all_reduce(sums)
-            values = sums.tolist()
-            check_finite(values, settings, row_step + 1, step, folder)
+            values = read_finite(sums, settings, row_step + 1, step, folder)
             row = {"step": step, "epoch": step * batch / len(images), "images": step * batch}
-            row |= {"seconds": earlier + now - start, **read_sums(values)}
+            row |= {"seconds": earlier + now - start, **means(values)}
             row["images_per_s"] = (step - max(row_step, first)) * batch / (now - row_time)
             log.write(json.dumps(row).encode() + b"\n")
-            stop, row_step, row_time = values[STOP] > 0, step, now
+            stop = values[STOP] > 0
+            row_step, row_time = step, now
             sums.zero_()
-            if sys.stdout.isatty() or now - told_at > 10 or stop or step == last:
-                show_row(row, last, time_left(step - first, last - first, now - start, limit))
-                told_at = now
+            if sys.stdout.isatty() or now - shown_at > 10 or stop or step == last:
+                show_row(row, last, first, now - start, deadline - now)
+                shown_at = now
 
         # Save at the first row, every minute and at the end.
         ends = stop or step == last
-        if rank == 0 and looks and (ends or now - saved_at > SAVE_SECONDS):
-            check_finite(sums.tolist(), settings, row_step + 1, step, folder)
+        if rank == 0 and decides and (ends or now - saved_at > SAVE_SECONDS):
+            read_finite(sums, settings, row_step + 1, step, folder)
             counters = {"step": step, "row_step": row_step, "log_size": log.tell()}
             counters |= {"seconds": earlier + now - start, "sums": sums.cpu(), "settings": settings}
             save(folder, parts, counters)
-            saved_at = time.monotonic()  # a save can take long
-            if loss_fn is dier_loss and (ends or now - drawn_at > PREVIEW_SECONDS):
+            if loss_fn is dier_loss:
                 preview(ema, images, settings, abar, folder / "preview.png")
-                drawn_at = time.monotonic()
+            saved_at = time.monotonic()  # a save can take long
     on_signal()
     log.close()
     return step, time.monotonic() - start, stops[0] if stops else 0
@@ -807,7 +774,7 @@ def run(
     settings = {"origin": None, **settings, **found, "launch": this_launch()}
     if ranks()[0] == 0:
         settings["origin"] = settings["origin"] or origin(command, settings["device"])
-        write_json(folder / "config.json", settings)
+        data.write_json(folder / "config.json", settings)
     torch.manual_seed(settings["seed"])
     net = build_dier(settings)
     step, seconds, stopped = train(net, dier_loss, split.images, settings, folder, saved)

@@ -10,8 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-import train
-
 ROOT = Path(__file__).resolve().parent.parent
 # 8 x 8 pixels, 16 tokens, an encoder of two levels
 TINY = "--size 8 --patch 2 --hidden 16 --depth 1 --heads 2 --base 8 --mult 1 2 --attention 4"
@@ -61,12 +59,3 @@ def fails(capsys, function, *args) -> str:
 def one_thread():
     """Tiny tensors gain nothing from threads, and results must not depend on their number."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def machine_not_measured():
-    """How fast the machine multiplies, which every run notes, is measured in the tests of whole
-    scripts alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "best_seconds", lambda call: 1.0)
-        yield

@@ -79,24 +79,16 @@ def test_draw_is_pure_and_reaches_both_ends_of_t():
     assert not torch.equal(one, torch.rand(3))
 
 
-def test_ema_warms_up_and_averages():
-    assert train.ema_decay(0.9999, 0) == 0.1
-    assert train.ema_decay(0.9999, 10**9) == 0.9999
-    ema, p = [torch.tensor([1.0]), torch.tensor([5.0])], [torch.tensor([3.0]), torch.tensor([5.0])]
-    train.update_ema(ema, p, 0.75)
-    assert ema[0].item() == pytest.approx(0.75 * 1 + 0.25 * 3) and ema[1].item() == 5
-
-
 def test_sums_are_means_by_tenth_of_t():
     sums, t = torch.zeros(24), torch.tensor([0, 99, 100, 999])
     train.add_sums(sums, torch.tensor([1.0, 3.0, 5.0, 7.0]), t, torch.tensor(2.0))
     train.add_sums(sums, torch.tensor([2.0, 2.0, 2.0, 2.0]), t, torch.tensor(math.inf))
-    got = train.read_sums(sums.tolist())
+    got = train.means(sums.tolist())
     assert got["loss"] == pytest.approx(3.0)
     assert got["loss_by_t"] == [2.0, 3.5, *[None] * 7, 4.5]
     assert got["grad_norm"] == 2.0 and got["skipped"] == 1
     assert "NaN" not in json.dumps(got)
-    assert train.read_sums([0.0] * 24)["loss_by_t"] == [None] * 10
+    assert train.means([0.0] * 24)["loss_by_t"] == [None] * 10
 
 
 def test_dier_loss_is_eq_4_6():
@@ -524,11 +516,23 @@ def test_minutes_are_a_limit_and_epochs_may_be_a_fraction(folder):
     assert 1 < checkpoint("short")["step"] < 10_000
 
 
-def test_time_left_is_said_from_the_twentieth_step_and_never_negative():
-    assert train.time_left(19, 100, 19.0, 0) == ""
-    assert train.time_left(20, 100, 20.0, 0) == ", 1:20 left"
-    assert train.time_left(20, 100, 20.0, 30) == ", 0:10 left"
-    assert train.time_left(20, 100, 50.0, 30) == ", 0:00 left"
+@pytest.mark.parametrize(
+    "step, spent, limit, words",
+    [
+        (29, 19.0, math.inf, ""),
+        (30, 20.0, math.inf, ", 1:20 left"),
+        (30, 20.0, 10.0, ", 0:10 left"),
+        (30, 50.0, -20.0, ", 0:00 left"),
+    ],
+)
+def test_time_left_is_said_from_the_twentieth_step_and_never_negative(
+    step, spent, limit, words, capsys
+):
+    """Of a call that began at step 10 and goes on to step 110."""
+    row = {"step": step, "epoch": 0.25, "loss": 0.5, "images_per_s": 1234.5}
+    train.show_row(row, 110, 10, spent, limit)
+    line = f"step {step} of 110, epoch 0.25, loss 0.5000, 1,234 images/s{words}\n"
+    assert capsys.readouterr().out == line
 
 
 def test_auto_precision_follows_the_hardware(monkeypatch):
@@ -583,7 +587,6 @@ def test_previews_show_the_images_and_leave_the_training_bits_unchanged(folder, 
     args = ["--data", folder, "--epochs", "20", "--batch-size", "16", "--dropout", "0.2"]
     run(*args, "--name", "few")
     monkeypatch.setattr(train, "SAVE_SECONDS", -1.0)  # a checkpoint and a preview at each step
-    monkeypatch.setattr(train, "PREVIEW_SECONDS", -1.0)
     run(*args, "--name", "many")
     assert rows("few") == rows("many")
     assert_same(checkpoint("few"), checkpoint("many"))
@@ -635,7 +638,7 @@ def test_a_run_keeps_where_it_began(folder, monkeypatch):
     commit = first["commit"].removesuffix("-dirty")
     assert head.startswith(commit) and bool(commit) == bool(head)
     assert first["versions"]["torch"] == str(torch.__version__)
-    assert re.search(r"threads \(.+\), fp32 [\d,]+ GFLOP/s, bf16 [\d,]+ GFLOP/s$", first["machine"])
+    assert re.search(r"threads \(.+\)$", first["machine"])
     monkeypatch.setenv("PATH", "")  # no git
     assert train.origin(["x.py"], "cpu")["commit"] == ""
     resume("a b", "--epochs", "2")
