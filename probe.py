@@ -45,16 +45,16 @@ from train import (
     RUNS,
     Parser,
     build_dier,
-    count,
     find_run,
     guard,
     load_model,
+    natural,
     origin,
     pick_amp,
     pick_device,
     positive,
+    positive_int,
     read_config,
-    whole,
 )
 
 TIMES = [*range(0, T, 100), T - 1]  # Sec. A.2: "11 times at intervals of 100 ... from 0 to 999"
@@ -404,9 +404,9 @@ def build_parser() -> argparse.ArgumentParser:
     norm = "standardise features by the training set, or not, as the paper says (std)"
     add("--norm", choices=["std", "none"], help=norm)
     add("--weights", choices=["ema", "raw"], help="the weights' average, or the weights (ema)")
-    add("--epochs", type=whole, help="epochs of the heads (100)")
+    add("--epochs", type=positive_int, help="epochs of the heads (100)")
     add("--lr", type=positive, help="peak learning rate (2 x the paper's: 2e-4 or 2e-5)")
-    add("--limit", type=count, help="N training and N test images, equal over classes (0 = all)")
+    add("--limit", type=natural, help="N training and N test images, equal over classes (0 = all)")
     add("--device", help="auto, cpu, cuda, cuda:1 (auto: cuda if any)")
     add("--export", metavar="FILE.npz", help="save v_t as well: x_train_400, ..., y_train, y_test")
     return p

@@ -101,11 +101,11 @@ def number(kind: type, fits: Callable[[float], bool], what: str) -> Callable[[st
     return parse
 
 
-whole = number(int, lambda n: n > 0, "a whole number above 0")
-count = number(int, lambda n: 0 <= n < 2**63, "a whole number, 0 or more, below 2^63")
+positive_int = number(int, lambda n: n > 0, "a whole number above 0")
+natural = number(int, lambda n: 0 <= n < 2**63, "a whole number, 0 or more, below 2^63")
 positive = number(float, lambda x: x > 0, "a number above 0")
 not_negative = number(float, lambda x: x >= 0, "a number, 0 or more")
-share = number(float, lambda x: 0 <= x < 1, "in [0, 1)")
+fraction = number(float, lambda x: 0 <= x < 1, "in [0, 1)")
 
 
 class Parser(argparse.ArgumentParser):
@@ -139,28 +139,28 @@ def build_parser() -> Parser:
     preset = "paper: Table 4; cpu: minutes on two cores (auto: paper with CUDA, else cpu)"
     add("--preset", choices=["auto", *PRESETS], help=preset)
     add("--minutes", type=not_negative, help="at most so long, from the first step (0 = no limit)")
-    add("--seed", type=count, help="of weights, batches, t, eps and dropout (0)")
-    add("--limit", type=count, help="a sample of N images, equal over the classes (0 = all)")
+    add("--seed", type=natural, help="of weights, batches, t, eps and dropout (0)")
+    add("--limit", type=natural, help="a sample of N images, equal over the classes (0 = all)")
     add("--flip", action=switch, help="random horizontal flips (on; off for digits)")
-    add("--ema", type=share, help="decay of the weight average (0.9999)")
+    add("--ema", type=fraction, help="decay of the weight average (0.9999)")
     add("--clip", type=not_negative, help="largest gradient norm, 0 = off (1.0)")
     add("--device", help="auto, cpu, cuda, cuda:1 (auto: cuda if any)")
     add("--amp", choices=["auto", *AMP], help="mixed precision (auto: where the hardware has it)")
-    add("--accum", type=whole, help="gradient accumulation: N passes an update, less memory (1)")
+    add("--accum", type=positive_int, help="accumulate gradients over N passes: less memory (1)")
     add("--compile", action=switch, help="torch.compile both networks (off)")
     columns = {
-        "size": (whole, "pixels: images are resized to size x size"),
-        "patch": (whole, "pixels of a token's side"),
-        "hidden": (whole, "width of the DiT"),
-        "depth": (whole, "blocks of the DiT"),
-        "heads": (whole, "attention heads of the DiT"),
-        "base": (whole, "width of the encoder, times mult"),
-        "blocks": (whole, "ResBlocks a level of the encoder"),
-        "mult": (whole, "widths of the encoder's levels, in units of base"),
-        "attention": (whole, "resolutions with self-attention in the encoder"),
-        "enc_heads": (whole, "attention heads of the encoder"),
-        "dropout": (share, "in the encoder's ResBlocks"),
-        "batch_size": (whole, "images a step, of all processes together"),
+        "size": (positive_int, "pixels: images are resized to size x size"),
+        "patch": (positive_int, "pixels of a token's side"),
+        "hidden": (positive_int, "width of the DiT"),
+        "depth": (positive_int, "blocks of the DiT"),
+        "heads": (positive_int, "attention heads of the DiT"),
+        "base": (positive_int, "width of the encoder, times mult"),
+        "blocks": (positive_int, "ResBlocks a level of the encoder"),
+        "mult": (positive_int, "widths of the encoder's levels, in units of base"),
+        "attention": (positive_int, "resolutions with self-attention in the encoder"),
+        "enc_heads": (positive_int, "attention heads of the encoder"),
+        "dropout": (fraction, "in the encoder's ResBlocks"),
+        "batch_size": (positive_int, "images a step, of all processes together"),
         "lr": (positive, "constant learning rate of Adam"),
         "epochs": (positive, "passes over the training set"),
     }

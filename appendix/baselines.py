@@ -503,7 +503,7 @@ def build_parser() -> argparse.ArgumentParser:
     shown = f"of {', '.join(names)} ({usual})"
     add("--method", nargs="+", choices=names, metavar="NAME", help=shown)
     add("--epochs", type=train.positive, help="passes over the training set (the preset's)")
-    add("--seeds", type=train.whole, help="runs of each method, with seeds 0 to N - 1 (1)")
+    add("--seeds", type=train.positive_int, help="runs of each method, with seeds 0 to N - 1 (1)")
     add("--out", type=Path, help="file of the table (runs/baselines/DATA.json)")
     return p
 

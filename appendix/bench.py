@@ -304,7 +304,7 @@ def build_parser() -> train.Parser:
     p.add_argument("--data", choices=SETS, help="whose shapes (mnist)")
     preset = "paper: Table 4; cpu: minutes on two cores (auto: paper with CUDA, else cpu)"
     p.add_argument("--preset", choices=["auto", *PRESETS], help=preset)
-    p.add_argument("--batch-size", type=train.whole, help="images a step (the preset's)")
+    p.add_argument("--batch-size", type=train.positive_int, help="images a step (the preset's)")
     amp = "precision of the program (fp32, and bf16 or fp16 where the hardware has it)"
     p.add_argument("--amp", choices=[*train.AMP], help=amp)
     p.add_argument("--device", help="auto, cpu, cuda (auto)")

@@ -46,14 +46,14 @@ from probe import TIMES, encode, standardise
 from train import (
     RUNS,
     Parser,
-    count,
     dier_loss,
     find_run,
     guard,
     load_model,
+    natural,
     pick_device,
+    positive_int,
     read_config,
-    whole,
 )
 
 PAPER = Path(__file__).resolve().parent.parent / "results" / "paper.json"
@@ -375,8 +375,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--name", nargs="+", help="runs in runs/NAME (the newest)")
     add("--table", type=Path, help="draw the curves of this file of appendix.baselines, no run")
     limit = f"test images in t-SNE, equal over the classes ({POINTS}; {POINTS_PANEL} in Fig. 7)"
-    add("--limit", type=whole, help=limit)
-    add("--seed", type=count, help="of the samples (0)")
+    add("--limit", type=positive_int, help=limit)
+    add("--seed", type=natural, help="of the samples (0)")
     add("--device", help="auto, cpu, cuda (auto)")
     return p
 

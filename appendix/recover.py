@@ -32,7 +32,17 @@ from appendix.chart import image_grid
 from data import Split, fail, load, progress, sample, to_float, to_uint8
 from diffusion import T, alphas_cumprod, ddim_invert, ddim_sample, ddim_times, predict_x0, q_sample
 from probe import TIMES
-from train import Parser, count, dier_loss, find_run, guard, load_model, number, pick_device, whole
+from train import (
+    Parser,
+    dier_loss,
+    find_run,
+    guard,
+    load_model,
+    natural,
+    number,
+    pick_device,
+    positive_int,
+)
 
 MODES = ("recover", "interpolate", "swap", "timesteps")
 MEAN_SAMPLE, BLOCK = 2_000, 25  # training images whose mean v_t stands for that of all; at a time
@@ -217,8 +227,8 @@ def build_parser() -> Parser:
     p.add_argument("--name", help="the run in runs/NAME (the newest)")
     p.add_argument("--mode", choices=MODES, help="what to draw (recover)")
     p.add_argument("--steps", type=steps, help=f"of the chain, 1 to {T} (50)")
-    p.add_argument("--n", type=whole, help="test images (16)")
-    p.add_argument("--seed", type=count, help="of the choice of images and of the noise (0)")
+    p.add_argument("--n", type=positive_int, help="test images (16)")
+    p.add_argument("--seed", type=natural, help="of the choice of images and of the noise (0)")
     p.add_argument("--device", help="auto, cpu, cuda (auto)")
     return p
 
