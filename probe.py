@@ -54,7 +54,6 @@ from train import (
     pick_device,
     positive,
     positive_int,
-    read_config,
 )
 
 TIMES = [*range(0, T, 100), T - 1]  # Sec. A.2: "11 times at intervals of 100 ... from 0 to 999"
@@ -442,9 +441,6 @@ def main(argv: list[str] | None = None) -> None:
     """Find the run, probe it, print and write the result."""
     typed = vars(build_parser().parse_args(argv))
     folder = find_run(typed.pop("name", None))
-    method = read_config(folder).get("method", "dier")
-    if method != "dier":
-        fail(f"{folder} is a run of {method}: appendix.baselines probes it")
     export = Path(typed["export"]) if "export" in typed else None
     if export and export.is_dir():
         fail(f"--export {export} is a folder: name a file, such as {export / 'v.npz'}")

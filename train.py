@@ -307,11 +307,20 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     return saved
 
 
+def read_dier(folder: Path) -> dict[str, Any]:
+    """The checkpoint of a run; exits where it is not DiER's but a baseline's."""
+    saved = read_checkpoint(folder)
+    if saved["settings"]["method"] != "dier":
+        fail(f"{folder} is a run of {saved['settings']['method']}: see appendix.baselines")
+    return saved
+
+
 def load_model(
     folder: Path, build: Callable[[dict], nn.Module] | None = None, weights: str = "ema"
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The module of a run with its "ema" or "raw" weights, in eval mode, and its checkpoint."""
-    saved = read_checkpoint(folder)
+    """The module of a run with its "ema" or "raw" weights, in eval mode, and its checkpoint; exits
+    where the run is not of DiER and `build` does not say what its settings make."""
+    saved = read_checkpoint(folder) if build else read_dier(folder)
     model = (build or build_dier)(saved["settings"])
     restore(model, saved[weights])
     return model.eval(), saved
@@ -726,10 +735,8 @@ def main(argv: list[str] | None = None) -> None:
     if name is None and ("data" in typed or not resume):
         name = Path(typed.get("data", DEFAULTS["data"])).resolve().name
     folder = find_run(name) if resume else run_folder(name)
-    saved = read_checkpoint(folder) if resume or restarted(folder) else None
+    saved = read_dier(folder) if resume or restarted(folder) else None
     if saved:
-        if saved["settings"]["method"] != "dier":
-            fail(f"{folder} is a run of {saved['settings']['method']}: see appendix.baselines")
         settings = resolve_resumed(typed, saved["settings"])
     else:
         settings = resolve(typed)

@@ -50,7 +50,7 @@ from data import (
 )
 from diffusion import alphas_cumprod, eps_loss, q_sample
 from model import DiER
-from train import RUNS, Parser, find_run, guard, load_model, origin, pick_device, read_config
+from train import RUNS, Parser, find_run, guard, load_model, origin, pick_device
 
 TIMES = [0, 20, 50, *range(100, 801, 50), 900, 999]
 IMAGES, BLOCK = 1_000, 25  # images behind t and behind the gain; at a time
@@ -224,9 +224,6 @@ def open_run(
     """The run's folder, its networks, its checkpoint and the images; exits where one of them does
     not allow what the flags ask for."""
     folder = find_run(typed.get("name"))
-    method = read_config(folder).get("method", "dier")
-    if method != "dier":
-        fail(f"{folder} is a run of {method}: t is chosen for runs of dier alone")
     export_to = Path(typed.get("export", "v.npz"))
     if export_to.is_dir():
         fail(f"--export {export_to} is a folder: name a file, such as {export_to / 'v.npz'}")

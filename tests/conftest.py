@@ -1,6 +1,8 @@
 """A set of tiny images on disk, and the smallest model that trains on it in a second."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +30,15 @@ def write_folder(folder: Path, per_class: int = 20, classes: int = 2) -> Path:
                 name = folder / split / f"class{k}" / f"{i:02}.png"
                 Image.fromarray(image.astype(np.uint8)).save(name)
     return folder
+
+
+def copy_as(method: str, run: Path, to: Path) -> None:
+    """Copy a run and call it one of another method."""
+    shutil.copytree(run, to)
+    saved = torch.load(to / "checkpoint.pt", weights_only=True)
+    saved["settings"]["method"] = method
+    torch.save(saved, to / "checkpoint.pt")
+    (to / "config.json").write_text(json.dumps(saved["settings"]))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, write_folder
+from conftest import ROOT, TINY, copy_as, fails, write_folder
 
 import data
 import diffusion
@@ -302,7 +302,7 @@ def test_a_folder_without_labels_gets_a_t_and_an_export(trained, capsys):
     [
         (["--name", "flat", "--few"], "flat has no classes, and --few needs two: lay it out as"),
         (["--name", "none"], "no checkpoint in runs/none"),
-        (["--name", "mae"], "runs/mae is a run of mae: t is chosen for runs of dier alone"),
+        (["--name", "mae"], "runs/mae is a run of mae: see appendix.baselines"),
         (["--export", "set"], "--export set is a folder: name a file, such as set/v.npz"),
         (["--data", "one"], "one has one test image, and the v of another needs two"),
         (["--data", "nowhere"], "'nowhere' is no folder of images"),
@@ -311,9 +311,7 @@ def test_a_folder_without_labels_gets_a_t_and_an_export(trained, capsys):
 )
 def test_bad_input_is_one_line(trained, flags, words, monkeypatch, capsys):
     write_folder(Path("one"), per_class=1, classes=1)
-    shutil.copytree(trained, train.RUNS / "mae")
-    config = json.loads((trained / "config.json").read_text()) | {"method": "mae"}
-    (train.RUNS / "mae/config.json").write_text(json.dumps(config))
+    copy_as("mae", trained, train.RUNS / "mae")
     monkeypatch.setattr(choose, "measure", None)  # a call would be an error of another kind
     assert words in fails(capsys, run, *flags)
     assert not list(train.RUNS.glob("*/choose*.json"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, fails, write_folder
+from conftest import TINY, copy_as, fails, write_folder
 from PIL import Image
 from torch import nn
 
@@ -595,11 +595,9 @@ def test_unlabelled_images_train_and_the_probe_says_what_it_needs(tmp_path, monk
 
 
 def test_runs_of_other_methods_are_refused_by_name(trained, capsys):
-    shutil.copytree(trained, train.RUNS / "baselines" / "mae")
-    config = json.loads((trained / "config.json").read_text()) | {"method": "mae"}
-    (train.RUNS / "baselines/mae/config.json").write_text(json.dumps(config))
+    copy_as("mae", trained, train.RUNS / "baselines/mae")
     error = fails(capsys, run, "--name", "baselines/mae")
-    assert "runs/baselines/mae is a run of mae: appendix.baselines probes it" in error
+    assert "runs/baselines/mae is a run of mae: see appendix.baselines" in error
 
 
 @pytest.mark.parametrize("text", ["1000", "-1", "a", "1,,2", "", "0.5", "auto,100"])
