@@ -122,8 +122,8 @@ def ddim_sample(
     eps_fn: EpsFn,
     x: Tensor,
     steps: int,
+    clip: bool,
     eta: float = 0.0,
-    clip: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Walk from x = x_999 (B, C, H, W) to the image (Eq. 3.3).

@@ -466,6 +466,8 @@ def main(argv: list[str] | None = None) -> None:
             f"{name} has no classes, and a probe needs two: lay it out as CLASS/*; or python -m "
             "appendix.choose finds a t without them"
         )
+    if len(np.unique(splits[0].labels)) < 2:
+        fail(f"--limit {limit} leaves images of one class, and a probe needs two classes")
     protocol |= {"classes": classes, "step": saved["step"]}
     floors = {"pixels": Pixels()}
     floors |= {kind: untrained_encoder(settings, kind == "random") for kind in FLOORS}

@@ -68,10 +68,11 @@ def test_predict_x0_inverts_q_sample_and_clips():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, DOUBLE])
 def test_eps_loss_is_the_mean_square_per_image_in_fp32(dtype):
-    eps = torch.tensor([[1.0, 2, 3, 4], [0, 0, 0, 2]]).view(2, 1, 2, 2)
-    loss = D.eps_loss(torch.zeros(2, 1, 2, 2, dtype=dtype), eps.to(dtype))
-    assert loss.dtype == (DOUBLE if dtype == DOUBLE else torch.float32)
-    assert loss.tolist() == [7.5, 1.0]
+    eps = torch.tensor([[1.0, 2, 3, 4], [0, 0, 0, 2]], dtype=dtype).view(2, 1, 2, 2)
+    for guess, want in ((torch.zeros_like(eps), [7.5, 1.0]), (torch.ones_like(eps), [3.5, 1.0])):
+        loss = D.eps_loss(guess, eps)
+        assert loss.dtype == (DOUBLE if dtype == DOUBLE else torch.float32)
+        assert loss.tolist() == want
 
 
 # ---------------------------------------------------------------------------- DDIM
@@ -110,7 +111,7 @@ def test_every_x_on_the_way_to_the_image_has_the_noise_that_training_adds_at_its
         return knows(x, t)
 
     generator = torch.Generator().manual_seed(7)
-    D.ddim_sample(eps_fn, normal(n, 1, 1, 1), 10, eta, clip=False, generator=generator)
+    D.ddim_sample(eps_fn, normal(n, 1, 1, 1), 10, False, eta, generator)
     assert [t for t, _, _ in seen] == D.ddim_times(10)
     for t, mean, variance in seen[1:]:
         a = ABAR_NUMPY[t]
@@ -155,16 +156,16 @@ def test_a_clipped_x0_hat_comes_with_the_eps_that_belongs_to_it():
     assert torch.allclose(got, want, atol=1e-12) and x0.abs().max() == 1
 
 
-@pytest.mark.parametrize("steps", [50, 1000])
-def test_eta_1_adds_the_posterior_variance(steps):
+@pytest.mark.parametrize("steps, eta", [(50, 1.0), (1000, 1.0), (50, 0.5)])
+def test_eta_1_adds_the_posterior_variance_and_eta_scales_its_root(steps, eta):
     times = D.ddim_times(steps)
     zero, one = torch.zeros(1, dtype=DOUBLE), torch.ones(1, dtype=DOUBLE)
     for t, prev in list(zip(times, times[1:]))[:: steps // 50]:
         beta = BETAS[t] if steps == 1000 else 1 - ABAR_NUMPY[t] / ABAR_NUMPY[prev]
         want = beta * (1 - ABAR_NUMPY[prev]) / (1 - ABAR_NUMPY[t])
         assert D.posterior_variance(ABAR[t], ABAR[prev]).item() == pytest.approx(want, rel=1e-8)
-        moved = D.ddim_step(zero, zero, ABAR[t], ABAR[prev], eta=1.0, noise=one)
-        assert moved.item() == pytest.approx(want**0.5, rel=1e-8)
+        moved = D.ddim_step(zero, zero, ABAR[t], ABAR[prev], eta, noise=one)
+        assert moved.item() == pytest.approx(eta * want**0.5, rel=1e-8)
 
 
 def test_eta_1_is_the_ancestral_step_of_ddpm():

@@ -4,6 +4,7 @@ that names and commands in README.md exist."""
 import ast
 import importlib
 import json
+import math
 import re
 import sys
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 import train
 from appendix import baselines
+from model import table_row
 
 TOP = ["data", "diffusion", "model", "train", "probe"]
 MAY_IMPORT = {  # of our own modules; those of the appendix may import all of them
@@ -219,6 +221,26 @@ def test_accuracies_of_the_readme_are_those_of_the_records():
         name, *shown = line.strip("| ").replace("|", " ").split()
         rows = {row["t"]: f"{row['top1']:.2f}" for row in record(name)["rows"]}
         assert shown == [rows[t] for t in times], name
+
+
+@needs_readme
+def test_the_recorded_runs_have_the_sizes_and_recipe_of_todays_presets():
+    """Nobody changes a row of the table without new figures."""
+    for name in ("glyphs", "mnist", "cifar10"):
+        found, row = record(name), table_row("cpu", name, 32)
+        steps = math.ceil(row["epochs"] * found["n_train"] / row["batch_size"])
+        assert found["protocol"]["step"] == steps, name
+    for name in ("mnist", "cifar10", "bccd", "oct2017"):
+        table = record(f"table1-{name}")
+        cell = next(cell for cell in table["cells"] if cell["method"] == "dier")
+        settings = train.resolve({"data": name, "preset": "cpu", "device": "cpu"})
+        assert all(table[key] == settings[key] for key in ("size", "batch_size")), name
+        assert cell["parameters"] == sum(train.parameter_counts(settings).values()), name
+        assert cell["flops_per_image"] == baselines.flops_per_image("dier", settings), name
+    counts = train.parameter_counts(train.resolve({"preset": "cpu", "device": "cpu"}))
+    total, encoder = sum(counts.values()) / 1e6, counts["encoder"] / 1e6
+    said = f"no GPU: preset cpu, {total:.1f}M parameters, of which the encoder has {encoder:.2f}M"
+    assert said in README.read_text()
 
 
 @needs_readme

@@ -76,6 +76,16 @@ def test_attention_against_numpy_on_both_paths(n):
             np.testing.assert_allclose(got[b, h], weights @ v[b, h], atol=1e-12)
 
 
+@pytest.mark.parametrize("n, fused", [(M.SHORT, 0), (M.SHORT + 1, 1)])
+def test_only_long_sequences_take_the_fused_kernel(n, fused, monkeypatch):
+    """However wide the heads are."""
+    calls = []
+    monkeypatch.setattr(M.F, "scaled_dot_product_attention", lambda q, k, v: calls.append(n) or q)
+    for width in (4, 2 * M.SHORT):
+        M.attention(*torch.zeros(3, 1, 1, n, width))
+    assert len(calls) == 2 * fused
+
+
 def test_patchify_order_and_unpatchify_shape():
     x = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4)
     patches = M.patchify(x, 2)
@@ -147,6 +157,20 @@ def test_initial_output_is_zero_so_the_first_loss_is_one():
     eps_hat = model(D.q_sample(x0, t, eps, D.alphas_cumprod().float()), t, x0)
     assert eps_hat.shape == x0.shape and torch.count_nonzero(eps_hat) == 0
     assert D.eps_loss(eps_hat, eps).mean().item() == pytest.approx(1.0, abs=0.04)
+
+
+def test_linear_layers_of_the_dit_start_xavier_uniform_and_its_time_mlp_small():
+    torch.manual_seed(0)
+    dit = M.DiT(row_config("cpu", "mnist", 32))
+    block = dit.blocks[0]
+    for layer in (dit.embed, dit.v_proj, block.qkv, block.proj, block.fc1, block.fc2):
+        largest = math.sqrt(6 / sum(layer.weight.shape))  # Glorot and Bengio 2010
+        assert 0.99 * largest < layer.weight.abs().max().item() <= largest
+        assert layer.weight.std().item() == pytest.approx(largest / math.sqrt(3), rel=0.02)
+        assert not layer.bias.any()
+    for layer in (dit.time_mlp[0], dit.time_mlp[2]):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02)
+        assert layer.weight.abs().max() > 0.06 and not layer.bias.any()  # a normal's tails
 
 
 def test_initially_v_depends_on_the_image_and_not_on_t():
@@ -259,6 +283,19 @@ def test_parameter_counts_of_table_4(row, dit, encoder):
     assert parameters(model.encoder) / 1e6 == pytest.approx(encoder, rel=0.01)
 
 
+def test_the_paper_rows_are_table_4_as_published():
+    columns = ("patch", "hidden", "heads", "base", "attention", "enc_heads", "mult")
+    same = {"mnist", "cifar10", "cifar100"}
+    for name in same:
+        row = M.table_row("paper", name, data.SETS[name].row)
+        assert [row[c] for c in columns] == [2, 192, 3, 128, (16, 8), 4, (1, 2, 3, 4)]
+    row = M.table_row("paper", "tiny-imagenet", data.SETS["tiny-imagenet"].row)
+    assert [row[c] for c in columns] == [4, 384, 6, 128, (16, 8), 4, (1, 2, 3, 4)]
+    for name in ("bccd", "oct2017"):
+        row = M.table_row("paper", name, data.SETS[name].row)
+        assert [row[c] for c in columns] == [8, 768, 12, 256, (16, 8), 4, (1, 1, 2, 2, 3, 4)]
+
+
 @pytest.mark.parametrize("preset", M.PRESETS)
 @pytest.mark.parametrize("name", data.SETS)
 def test_every_set_has_a_row_that_builds_and_whose_tokens_hold_the_noise(preset, name):
@@ -289,6 +326,10 @@ def test_a_set_takes_its_own_row_before_that_of_its_size():
     [
         ({"size": 30, "patch": 4}, "size 30 is not a multiple of patch 4: give --patch 3"),
         ({"size": 9, "patch": 3}, "size 9 cannot be halved 1 times: give --size 8 or fewer --mult"),
+        (
+            {"size": 17, "patch": 1, "mult": (1, 2, 3, 4)},
+            "size 17 cannot be halved 3 times: give --size 16",
+        ),
         ({"hidden": 20}, "hidden 20 is not a multiple of 4 x heads 2: give --hidden 16"),
         ({"hidden": 4}, "hidden 4 is not a multiple of 4 x heads 2: give --hidden 8"),
         ({"base": 7}, "encoder width 7 (base 7 x mult) does not divide into 1 groups and 2 heads"),

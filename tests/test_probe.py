@@ -594,6 +594,13 @@ def test_unlabelled_images_train_and_the_probe_says_what_it_needs(tmp_path, monk
     assert not results(train.RUNS / "flat")
 
 
+@pytest.mark.parametrize("flags", [[], ["--t", "auto"]])
+def test_a_limit_that_leaves_one_class_is_refused(trained, flags, capsys):
+    error = fails(capsys, run, "--limit", "1", *flags)
+    assert "--limit 1 leaves images of one class, and a probe needs two classes" in error
+    assert not results(trained)
+
+
 def test_runs_of_other_methods_are_refused_by_name(trained, capsys):
     copy_as("mae", trained, train.RUNS / "baselines/mae")
     error = fails(capsys, run, "--name", "baselines/mae")
