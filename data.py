@@ -52,97 +52,6 @@ from torch import Tensor
 
 warnings.filterwarnings("ignore", module="PIL")  # of odd metadata, and of images that are large
 
-# ---------------------------------------------------------------------------- what all files need
-
-
-def fail(message: str, kind: type[SystemExit] = SystemExit) -> NoReturn:
-    """Print one line and exit with status 2, by an exception of that kind: the way every command
-    reports bad input."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun one process a machine speaks
-        print(f"error: {message}", file=sys.stderr)
-    raise kind(2)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss; never negative."""
-    minutes, seconds = divmod(max(0, int(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def status(text: str) -> None:
-    """Show a progress line: rewritten in place on a terminal, a new line in a file."""
-    terminal = sys.stdout.isatty()
-    print(f"\r\033[K{text}" if terminal else text, end="" if terminal else "\n", flush=True)
-
-
-def progress(
-    items: Iterable, what: str, total: float, unit: str, done: Callable[[], float] | None = None
-) -> Iterator:
-    """Yield the items; after two seconds, show a progress line with count, rate and time left.
-
-    `done` tells how much is done where that is not the number of items.
-    """
-    start, shown, terminal = time.monotonic(), 0.0, sys.stdout.isatty()
-    for k, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - start > 2 and now - shown > (0.5 if terminal else 10):
-            amount = k if done is None else done()
-            rate = max(amount, 1e-9) / (now - start)
-            speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
-            left = f"{speed} {unit}/s, {clock((total - amount) / rate)} left"
-            status(f"{what}: {amount:,.0f} of {total:,.0f} {unit}, {left}")
-            shown = now
-    if shown and terminal:
-        print()
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def replace_file(path: Path, write: Callable[[Path], Any], temporary: Path | None = None) -> None:
-    """Call write(temporary path); what it wrote gets its name only if that ends well.
-
-    So a reader sees the old file or the new one, whole. The temporary name is fixed: what kill -9
-    leaves is overwritten by the next call.
-    """
-    temporary = temporary or path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:  # Ctrl-C comes here too
-        remove(temporary)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all."""
-    replace_file(path, lambda to: to.write_text(json.dumps(value, indent=1) + "\n"))
-
-
-def private_name(path: Path) -> Path:
-    """A temporary name beside `path` for this process alone, since two runs may decode the same
-    set at once. Removes what dead processes of this machine have left in that folder."""
-    host = platform.node()
-    for old in path.parent.glob(f".*.{host}-*") if os.name == "posix" else ():
-        pid = old.name.rpartition("-")[2]
-        if not (pid.isdigit() and old.name.endswith(f".{host}-{pid}")):
-            continue  # of another machine whose name begins like ours
-        try:
-            os.kill(int(pid), 0)  # signal 0 only asks: is it alive?
-        except ProcessLookupError:
-            remove(old)
-        except PermissionError:
-            pass  # another user's process, alive
-    return path.with_name(f".{path.name}.{host}-{os.getpid()}")
-
-
 # ---------------------------------------------------------------------------- the table of sets
 
 
@@ -870,3 +779,94 @@ def get_batch(
     if flips is not None:
         x = torch.where(flips[:, None, None, None], x.flip(-1), x)
     return x
+
+
+# ---------------------------------------------------------------------------- what all files need
+
+
+def fail(message: str, kind: type[SystemExit] = SystemExit) -> NoReturn:
+    """Print one line and exit with status 2, by an exception of that kind: the way every command
+    reports bad input."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun one process a machine speaks
+        print(f"error: {message}", file=sys.stderr)
+    raise kind(2)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss; never negative."""
+    minutes, seconds = divmod(max(0, int(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def status(text: str) -> None:
+    """Show a progress line: rewritten in place on a terminal, a new line in a file."""
+    terminal = sys.stdout.isatty()
+    print(f"\r\033[K{text}" if terminal else text, end="" if terminal else "\n", flush=True)
+
+
+def progress(
+    items: Iterable, what: str, total: float, unit: str, done: Callable[[], float] | None = None
+) -> Iterator:
+    """Yield the items; after two seconds, show a progress line with count, rate and time left.
+
+    `done` tells how much is done where that is not the number of items.
+    """
+    start, shown, terminal = time.monotonic(), 0.0, sys.stdout.isatty()
+    for k, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - start > 2 and now - shown > (0.5 if terminal else 10):
+            amount = k if done is None else done()
+            rate = max(amount, 1e-9) / (now - start)
+            speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+            left = f"{speed} {unit}/s, {clock((total - amount) / rate)} left"
+            status(f"{what}: {amount:,.0f} of {total:,.0f} {unit}, {left}")
+            shown = now
+    if shown and terminal:
+        print()
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, write: Callable[[Path], Any], temporary: Path | None = None) -> None:
+    """Call write(temporary path); what it wrote gets its name only if that ends well.
+
+    So a reader sees the old file or the new one, whole. The temporary name is fixed: what kill -9
+    leaves is overwritten by the next call.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:  # Ctrl-C comes here too
+        remove(temporary)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all."""
+    replace_file(path, lambda to: to.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def private_name(path: Path) -> Path:
+    """A temporary name beside `path` for this process alone, since two runs may decode the same
+    set at once. Removes what dead processes of this machine have left in that folder."""
+    host = platform.node()
+    for old in path.parent.glob(f".*.{host}-*") if os.name == "posix" else ():
+        pid = old.name.rpartition("-")[2]
+        if not (pid.isdigit() and old.name.endswith(f".{host}-{pid}")):
+            continue  # of another machine whose name begins like ours
+        try:
+            os.kill(int(pid), 0)  # signal 0 only asks: is it alive?
+        except ProcessLookupError:
+            remove(old)
+        except PermissionError:
+            pass  # another user's process, alive
+    return path.with_name(f".{path.name}.{host}-{os.getpid()}")

@@ -11,8 +11,8 @@
 accuracies of the linear probe, probe.py.)
 
 One step (Eq. 4.6): draw t and eps, make x_t, predict eps from x_t, t and v_t = Encoder(x_0, t),
-take the squared error, clip, Adam, average. The loop of `train` calls `draw` and `dier_loss` for
-the first half; the rest stands in it.
+take the squared error, clip, Adam, average. The file opens with it: `draw` and `dier_loss` are the
+first half, the rest stands in the loop of `train`. What runs, flags and commands need comes after.
 
 What a run leaves in runs/NAME/:
 - config.json: every setting;
@@ -57,11 +57,410 @@ from diffusion import T, alphas_cumprod, eps_loss, predict_x0, q_sample
 from model import PRESETS, DiER, ModelConfig, table_row
 
 RUNS = Path("runs")
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAVE_SECONDS = 60.0  # between two checkpoints; many processes save at the next row
 PREVIEW_TIMES = (100, 300, 500, 700, 900)
 ROW_STEPS = 20  # a row of the log for each of the first 20 steps, then for every 20th
 # What training sums up on the device: 0-9 loss and 10-19 images by tenth of t, then
 NORM, FINITE, SKIPPED, STOP, SUMS = 20, 21, 22, 23, 24
+
+# ---------------------------------------------------------------------------- the step
+
+
+def draw(
+    seed: int, step: int, shape: tuple[int, ...], device: torch.device, rank: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """t (B,), flips (B,) and eps `shape` of one step for the global batch, a pure function of
+    (seed, step). Dropout uses the default generators, reseeded here too, differently by rank."""
+    generator = torch.Generator(device).manual_seed(mix_seed(seed, step))
+    t = torch.randint(T, shape[:1], generator=generator, device=device)
+    flips = torch.rand(shape[:1], generator=generator, device=device) < 0.5
+    eps = torch.randn(shape, generator=generator, device=device)
+    torch.manual_seed(mix_seed(seed, step, rank))
+    return t, flips, eps
+
+
+def dier_loss(net: nn.Module, x0: Tensor, t: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
+    """Eq. 4.6 for each image: x0, eps (B, C, H, W), t (B,) -> (B,)."""
+    x_t = q_sample(x0, t, eps, abar)
+    return eps_loss(net(x_t, t, x0), eps)
+
+
+# ---------------------------------------------------------------------------- the loop
+
+
+def train(
+    net: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    images: np.ndarray,
+    settings: dict[str, Any],
+    folder: Path,
+    saved: dict[str, Any] | None = None,
+) -> tuple[int, float, int]:
+    """Train net on uint8 images (N, C, S, S), from a checkpoint if there is one, until the epochs
+    or minutes of the settings are over or a signal comes: then the step is finished and saved.
+    loss_fn(net, x0, t, eps, abar) -> (B,). Returns (step reached, seconds, the signal or 0)."""
+    # What stays: settings, images and schedule on the device, this process's part of a batch.
+    seed, batch, accum, amp = (settings[key] for key in ("seed", "batch_size", "accum", "amp"))
+    rank, size, _ = ranks()
+    device = pick_device(settings["device"])
+    images = on_device(images, device)
+    abar = alphas_cumprod().float().to(device)
+    shape = (batch, *images.shape[1:])
+    part = slice(rank, batch, size)  # every size-th image
+    last = math.ceil(settings["epochs"] * len(images) / batch)
+    # What changes, new or as saved: networks, optimizer, counters.
+    parts = make_parts(net.to(device).train(), settings, device, saved)
+    ema, optimizer, scaler = parts["ema"], parts["optimizer"], parts["scaler"]
+    params, ema_params = list(net.parameters()), list(ema.parameters())
+    model = net if size == 1 else DistributedDataParallel(net)
+    counters = saved or {"step": 0, "row_step": 0, "log_size": 0, "seconds": 0.0}
+    first, row_step, earlier = (counters[key] for key in ("step", "row_step", "seconds"))
+    step = first
+    sums = saved["sums"].to(device) if saved else torch.zeros(SUMS, device=device)
+    log = open_log(folder, counters["log_size"], rank)
+    stops = on_signal(finish_step=True)
+    start = row_time = time.monotonic()
+    deadline = start + (60 * settings["minutes"] or math.inf)
+    saved_at = shown_at = -math.inf
+    stop = False
+    while step < last and not stop:
+        # All randomness of step n is drawn from (seed, n), for the whole batch: one process and
+        # eight see the same data, each its part, and a resumed run what it would have seen.
+        t, flips, eps = (x[part] for x in draw(seed, step, shape, device, rank))
+        index = batch_index(len(images), step, batch, seed, images.device)[part]
+        x0 = get_batch(images, index, device, flips if settings["flip"] else None)
+
+        # Forward and backward in `accum` pieces; gradients add up, and processes exchange the sum.
+        # Autocast multiplies in half precision; the scaler keeps fp16's small gradients above 0.
+        losses = []
+        for k, piece in enumerate(zip(x0.chunk(accum), t.chunk(accum), eps.chunk(accum))):
+            model.require_backward_grad_sync = k == accum - 1
+            with torch.autocast(device.type, AMP[amp], enabled=amp != "off"):
+                loss = loss_fn(model, *piece, abar)
+            scaler.scale(loss.mean() / accum).backward()
+            losses.append(loss.detach())
+
+        # Clip rare steep steps; Adam; the weights' average, of a young run over its last ninth.
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(params, settings["clip"] or math.inf, foreach=True)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        step += 1
+        decay = min(settings["ema"], (1 + step) / (10 + step))
+        with torch.no_grad():  # ema <- decay * ema + (1 - decay) * params, all in one call
+            torch._foreach_lerp_(ema_params, params, 1 - decay)
+
+        # The sums stay on the device, so that no step waits for it. They are read at a row: each
+        # of the first steps, every 20th and the last. A single process checks after every step
+        # whether to stop; many decide at a row, where one all-reduce adds up sums and votes.
+        add_sums(sums, torch.cat(losses), t, norm)
+        now = time.monotonic()
+        at_row = step <= ROW_STEPS or step % ROW_STEPS == 0 or step == last
+        decides = at_row or size == 1
+        stop = decides and (bool(stops) or now >= deadline)
+        if at_row:
+            sums[STOP] = stop
+            if size > 1:
+                dist.all_reduce(sums)
+            values = read_finite(sums, settings, row_step + 1, step, folder)
+            row = {"step": step, "epoch": step * batch / len(images), "images": step * batch}
+            row |= {"seconds": earlier + now - start, **means(values)}
+            row["images_per_s"] = (step - max(row_step, first)) * batch / (now - row_time)
+            log.write(json.dumps(row).encode() + b"\n")
+            stop = values[STOP] > 0
+            row_step, row_time = step, now
+            sums.zero_()
+            if sys.stdout.isatty() or now - shown_at > 10 or stop or step == last:
+                show_row(row, last, first, now - start, deadline - now)
+                shown_at = now
+
+        # Save at the first row, every minute and at the end.
+        ends = stop or step == last
+        if rank == 0 and decides and (ends or now - saved_at > SAVE_SECONDS):
+            read_finite(sums, settings, row_step + 1, step, folder)
+            counters = {"step": step, "row_step": row_step, "log_size": log.tell()}
+            counters |= {"seconds": earlier + now - start, "sums": sums.cpu(), "settings": settings}
+            save(folder, parts, counters)
+            if loss_fn is dier_loss:
+                preview(ema, images, settings, abar, folder / "preview.png")
+            saved_at = time.monotonic()  # a save can take long
+    on_signal()
+    log.close()
+    return step, time.monotonic() - start, stops[0] if stops else 0
+
+
+# ---------------------------------------------------------------------------- beside the loop
+
+
+def ranks() -> tuple[int, int, int]:
+    """(rank, number of processes, rank on this machine) as torchrun says, else (0, 1, 0)."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    return tuple(int(os.environ.get(name, alone)) for name, alone in names.items())
+
+
+def make_parts(
+    net: nn.Module, settings: dict[str, Any], device: torch.device, saved: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What training changes, and so what a checkpoint holds: the weights, their average, Adam's
+    moments, the factor of fp16's scaler; new, or taken out of `saved`."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
+        net.encoder.to(memory_format=torch.channels_last)  # what tensor cores read
+    ema = copy.deepcopy(net).requires_grad_(False).eval()
+    optimizer = torch.optim.Adam(net.parameters(), lr=settings["lr"], fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings["amp"] == "fp16")
+    parts = {"raw": net, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    for name, part in parts.items() if saved else ():
+        state = saved.pop(name)  # it would lie in memory twice
+        if part is not scaler or state:  # {} where the run was not in fp16 until now
+            restore(part, state)
+    # A GPU's moments of the encoder are channels last. Fused Adam wants them laid out as the
+    # weights are here, and does not look.
+    for p, moments in optimizer.state.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments[key] = torch.empty_like(p).copy_(moments[key])
+    if settings["compile"]:
+        net.compile()
+    return parts
+
+
+def add_sums(sums: Tensor, loss: Tensor, t: Tensor, norm: Tensor) -> None:
+    """Add a step to the sums, on the device: loss and images by tenth of t (loss, t (B,)), the
+    gradient norm, and how many steps had a finite one and how many not."""
+    tenth, finite = t * 10 // T, norm.isfinite()
+    sums[:10].index_add_(0, tenth, loss)
+    sums[10:20].index_add_(0, tenth, torch.ones_like(loss))
+    sums[NORM] += torch.where(finite, norm, 0.0)
+    sums[FINITE] += finite
+    sums[SKIPPED] += ~finite
+
+
+def means(sums: list[float]) -> dict[str, Any]:
+    """The sums as means, None where nothing was drawn."""
+    loss, images = sums[:10], sums[10:20]
+    return {
+        "loss": sum(loss) / max(1, sum(images)),
+        "loss_by_t": [s / n if n else None for s, n in zip(loss, images)],
+        "grad_norm": sums[NORM] / max(1, sums[FINITE]),
+        "skipped": int(sums[SKIPPED]),
+    }
+
+
+class NotFinite(SystemExit):
+    """A run ended because its loss or its gradient was not finite; status 2."""
+
+
+def read_finite(
+    sums: Tensor, settings: dict[str, Any], first: int, step: int, folder: Path
+) -> list[float]:
+    """The sums as numbers; waits for the device. Ends the run where a loss or a gradient norm since
+    step `first` was not finite; the last good checkpoint stays. Steps that fp16's scaler skips are
+    no error."""
+    values = sums.tolist()
+    tenths = [k for k, loss in enumerate(values[:10]) if not math.isfinite(loss)]
+    if tenths or (values[SKIPPED] and settings["amp"] != "fp16"):
+        where = ", ".join(f"{100 * k}-{100 * k + 99}" for k in tenths) or "any"
+        kept = folder / "checkpoint.pt"
+        fail(
+            f"the {'loss' if tenths else 'gradient'} is not finite (steps {first} to {step}, t in "
+            f"{where}, lr {settings['lr']:g}, amp {settings['amp']}): try a smaller --lr, or "
+            f"--amp off{f'; {kept} is the last good one' if kept.exists() else ''}",
+            NotFinite,
+        )
+    return values
+
+
+def open_log(folder: Path, size: int, rank: int) -> Any:
+    """log.jsonl, cut to the `size` bytes that a checkpoint knows of, so that no row is there twice
+    after a crash; only rank 0 has one."""
+    if rank:
+        return open(os.devnull, "ab", buffering=0)
+    path = folder / "log.jsonl"
+    if size and path.exists():
+        os.truncate(path, min(size, path.stat().st_size))
+    return path.open("ab" if size else "wb", buffering=0)
+
+
+def show_row(row: dict[str, Any], last: int, first: int, spent: float, limit: float) -> None:
+    """The progress line of a row of the log. The time left is known from the twentieth step on of a
+    call that began at step `first`, `spent` seconds ago; it may last `limit` seconds more."""
+    done = row["step"] - first
+    left = min((last - row["step"]) * spent / done, limit)
+    more = f", {clock(left)} left" if done >= 20 else ""
+    status(
+        f"step {row['step']:,} of {last:,}, epoch {row['epoch']:.2f}, loss {row['loss']:.4f}, "
+        f"{row['images_per_s']:,.0f} images/s{more}"
+    )
+
+
+def save(folder: Path, parts: dict[str, Any], counters: dict[str, Any]) -> None:
+    """Write checkpoint.pt, whole or not at all: the state of each part, and the counters."""
+    state = {name: part.state_dict() for name, part in parts.items()} | counters
+
+    def write(path: Path) -> None:
+        try:
+            torch.save(state, path)
+        except RuntimeError:  # torch's own writer says nothing that helps
+            raise OSError(errno.ENOSPC, "cannot be written: is the disk full?", str(path)) from None
+
+    replace_file(folder / "checkpoint.pt", write)
+
+
+@torch.no_grad()
+def preview(
+    ema: nn.Module, images: Tensor, settings: dict[str, Any], abar: Tensor, path: Path
+) -> None:
+    """Show what is being learned: for four training images and five t, one row a t, x_0, x_t and
+    the one-step estimate of x_0 by the average weights. Draws from a generator of its own."""
+    x0 = data.to_float(images[:4].to(abar.device))
+    generator = torch.Generator().manual_seed(mix_seed(settings["seed"], -1))
+    rows = []
+    for t in PREVIEW_TIMES:
+        eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+        times = torch.full((len(x0),), t, device=x0.device)
+        x_t = q_sample(x0, times, eps, abar)
+        x0_hat = predict_x0(x_t, abar[t], ema(x_t, times, x0), clip=True)
+        rows.append(torch.stack([x0, x_t, x0_hat], dim=1).flatten(0, 1))  # (12, C, S, S)
+    page = data.to_uint8(torch.stack(rows)).cpu().numpy()  # (5, 12, C, S, S)
+    page = page.transpose(0, 3, 1, 4, 2)  # (5, S, 12, S, C)
+    page = page.reshape(page.shape[0] * page.shape[1], -1, page.shape[4])  # (5 S, 12 S, C)
+    scale = max(1, 64 // x0.shape[-1])
+    page = page.repeat(scale, 0).repeat(scale, 1).squeeze()
+    replace_file(path, lambda to: Image.fromarray(page).save(to, format="PNG"))
+
+
+def on_signal(finish_step: bool = False) -> list[int]:
+    """Let Ctrl-C and SIGTERM end the program with status 130 and 143. With finish_step the first of
+    them is only noted in the list returned, for a loop that looks at it; a second one ends it."""
+    stops: list[int] = []
+
+    def handler(number: int, _: Any) -> None:
+        if stops or not finish_step:
+            raise SystemExit(128 + number)
+        stops.append(number)
+        os.write(2, b"\nstopping after this step; again to stop at once\n")  # print may be busy
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return stops
+
+
+# ---------------------------------------------------------------------------- runs on disk
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run; {} where there is none that can be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def run_folder(name: str) -> Path:
+    """runs/NAME; exits where that would not be a folder below runs/."""
+    if not Path(name).name or Path(name).is_absolute() or ".." in Path(name).parts:
+        fail(f"--name {name}: give the name of a folder in {RUNS}/")
+    return RUNS / name
+
+
+def find_run(name: str | None = None) -> Path:
+    """runs/NAME, else the DiER run whose checkpoint was written last; exits where there is none."""
+    if name is not None:
+        folder = run_folder(name)
+        if not (folder / "checkpoint.pt").exists():
+            fail(f"no checkpoint in {folder}: start with python train.py --name {name}")
+        return folder
+    folders = [path.parent for path in RUNS.glob("*/checkpoint.pt")]
+    folders = [folder for folder in folders if read_config(folder).get("method") == "dier"]
+    if not folders:
+        fail(f"no run in {RUNS}/: start with python train.py")
+    return max(folders, key=lambda folder: (folder / "checkpoint.pt").stat().st_mtime)
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """The checkpoint of a run, on the CPU; exits with one line where it cannot be read."""
+    path = folder / "checkpoint.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types on a damaged or foreign file
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in data.DISK:
+            raise  # a fault of the machine and not of the file
+        reason = (str(error).splitlines() or ["it is empty"])[0][:100]
+        fail(f"{path} cannot be read ({reason}): delete {folder} and train again")
+    keys = {"settings", "step", "row_step", "log_size", "seconds", "sums"}
+    keys |= {"raw", "ema", "optimizer", "scaler"}
+    if not isinstance(saved, dict) or not keys <= saved.keys():
+        fail(
+            f"{path} is no checkpoint of this version of train.py: train anew under another --name"
+        )
+    return saved
+
+
+def read_dier(folder: Path) -> dict[str, Any]:
+    """The checkpoint of a run; exits where it is not DiER's but a baseline's."""
+    saved = read_checkpoint(folder)
+    if saved["settings"]["method"] != "dier":
+        fail(f"{folder} is a run of {saved['settings']['method']}: see appendix.baselines")
+    return saved
+
+
+def load_model(
+    folder: Path, build: Callable[[dict], nn.Module] | None = None, weights: str = "ema"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The module of a run with its "ema" or "raw" weights, in eval mode, and its checkpoint; exits
+    where the run is not of DiER and `build` does not say what its settings make."""
+    saved = read_checkpoint(folder) if build else read_dier(folder)
+    model = (build or build_dier)(saved["settings"])
+    restore(model, saved[weights])
+    return model.eval(), saved
+
+
+def restore(part: Any, state: dict[str, Any]) -> None:
+    """part.load_state_dict(state); exits where a checkpoint's weights have other sizes."""
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:100]
+        fail(f"the checkpoint does not fit its own settings ({reason}): train anew")
+
+
+def build_dier(settings: dict[str, Any]) -> DiER:
+    """DiER in the sizes of the settings."""
+    return DiER(model_config(settings))
+
+
+def parameter_counts(settings: dict[str, Any]) -> dict[str, int]:
+    """Parameters of {encoder, dit}, counted on the meta device, where nothing is allocated."""
+    with torch.device("meta"):
+        parts = build_dier(settings).named_children()
+    return {part: sum(p.numel() for p in net.parameters()) for part, net in parts}
+
+
+def origin(command: list[str], device_name: str) -> dict[str, Any]:
+    """Where a result comes from: the command, the commit of this code ("" outside git; "-dirty"
+    with changes), versions, and the machine in words."""
+    ask = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        here = Path(__file__).parent
+        answer = subprocess.run(ask, cwd=here, capture_output=True, text=True, timeout=10)
+        commit = answer.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    versions |= {"numpy": np.__version__, "pillow": Image.__version__}
+    flags = torch.cpu.get_capabilities()
+    known = [name for name in ("avx2", "avx512_bf16", "amx_bf16") if flags.get(name)]
+    kind = ", ".join(known) or platform.machine()
+    machine = f"{torch.get_num_threads()} CPU threads ({kind})"
+    device = pick_device(device_name)
+    if device.type == "cuda":
+        machine = f"{torch.cuda.get_device_name(device)}, {machine}"
+    shown = shlex.join(["python", *command])
+    return {"command": shown, "commit": commit, "versions": versions, "machine": machine}
+
 
 # ---------------------------------------------------------------------------- settings
 
@@ -82,7 +481,6 @@ DEFAULTS = {
 }
 # What a resumed run may change; all else is as in its checkpoint.
 MAY_CHANGE = ("epochs", "minutes", "device", "amp", "compile", "accum", "data_dir")
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def number(kind: type, fits: Callable[[float], bool], what: str) -> Callable[[str], Any]:
@@ -253,404 +651,6 @@ def describe(settings: dict[str, Any], counts: dict[str, int], folder: Path, aut
             f"a patch's {values} values do not fit a token of {settings['hidden']}: {lost:.0%} "
             "of the noise stays in the loss; give a smaller --patch"
         )
-
-
-# ---------------------------------------------------------------------------- runs on disk
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a run; {} where there is none that can be read."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def run_folder(name: str) -> Path:
-    """runs/NAME; exits where that would not be a folder below runs/."""
-    if not Path(name).name or Path(name).is_absolute() or ".." in Path(name).parts:
-        fail(f"--name {name}: give the name of a folder in {RUNS}/")
-    return RUNS / name
-
-
-def find_run(name: str | None = None) -> Path:
-    """runs/NAME, else the DiER run whose checkpoint was written last; exits where there is none."""
-    if name is not None:
-        folder = run_folder(name)
-        if not (folder / "checkpoint.pt").exists():
-            fail(f"no checkpoint in {folder}: start with python train.py --name {name}")
-        return folder
-    folders = [path.parent for path in RUNS.glob("*/checkpoint.pt")]
-    folders = [folder for folder in folders if read_config(folder).get("method") == "dier"]
-    if not folders:
-        fail(f"no run in {RUNS}/: start with python train.py")
-    return max(folders, key=lambda folder: (folder / "checkpoint.pt").stat().st_mtime)
-
-
-def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """The checkpoint of a run, on the CPU; exits with one line where it cannot be read."""
-    path = folder / "checkpoint.pt"
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types on a damaged or foreign file
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in data.DISK:
-            raise  # a fault of the machine and not of the file
-        reason = (str(error).splitlines() or ["it is empty"])[0][:100]
-        fail(f"{path} cannot be read ({reason}): delete {folder} and train again")
-    keys = {"settings", "step", "row_step", "log_size", "seconds", "sums"}
-    keys |= {"raw", "ema", "optimizer", "scaler"}
-    if not isinstance(saved, dict) or not keys <= saved.keys():
-        fail(
-            f"{path} is no checkpoint of this version of train.py: train anew under another --name"
-        )
-    return saved
-
-
-def read_dier(folder: Path) -> dict[str, Any]:
-    """The checkpoint of a run; exits where it is not DiER's but a baseline's."""
-    saved = read_checkpoint(folder)
-    if saved["settings"]["method"] != "dier":
-        fail(f"{folder} is a run of {saved['settings']['method']}: see appendix.baselines")
-    return saved
-
-
-def load_model(
-    folder: Path, build: Callable[[dict], nn.Module] | None = None, weights: str = "ema"
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The module of a run with its "ema" or "raw" weights, in eval mode, and its checkpoint; exits
-    where the run is not of DiER and `build` does not say what its settings make."""
-    saved = read_checkpoint(folder) if build else read_dier(folder)
-    model = (build or build_dier)(saved["settings"])
-    restore(model, saved[weights])
-    return model.eval(), saved
-
-
-def restore(part: Any, state: dict[str, Any]) -> None:
-    """part.load_state_dict(state); exits where a checkpoint's weights have other sizes."""
-    try:
-        part.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:100]
-        fail(f"the checkpoint does not fit its own settings ({reason}): train anew")
-
-
-def build_dier(settings: dict[str, Any]) -> DiER:
-    """DiER in the sizes of the settings."""
-    return DiER(model_config(settings))
-
-
-def parameter_counts(settings: dict[str, Any]) -> dict[str, int]:
-    """Parameters of {encoder, dit}, counted on the meta device, where nothing is allocated."""
-    with torch.device("meta"):
-        parts = build_dier(settings).named_children()
-    return {part: sum(p.numel() for p in net.parameters()) for part, net in parts}
-
-
-def origin(command: list[str], device_name: str) -> dict[str, Any]:
-    """Where a result comes from: the command, the commit of this code ("" outside git; "-dirty"
-    with changes), versions, and the machine in words."""
-    ask = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        here = Path(__file__).parent
-        answer = subprocess.run(ask, cwd=here, capture_output=True, text=True, timeout=10)
-        commit = answer.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = ""
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    versions |= {"numpy": np.__version__, "pillow": Image.__version__}
-    flags = torch.cpu.get_capabilities()
-    known = [name for name in ("avx2", "avx512_bf16", "amx_bf16") if flags.get(name)]
-    kind = ", ".join(known) or platform.machine()
-    machine = f"{torch.get_num_threads()} CPU threads ({kind})"
-    device = pick_device(device_name)
-    if device.type == "cuda":
-        machine = f"{torch.cuda.get_device_name(device)}, {machine}"
-    shown = shlex.join(["python", *command])
-    return {"command": shown, "commit": commit, "versions": versions, "machine": machine}
-
-
-# ---------------------------------------------------------------------------- pieces of the step
-
-
-def draw(
-    seed: int, step: int, shape: tuple[int, ...], device: torch.device, rank: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """t (B,), flips (B,) and eps `shape` of one step for the global batch, a pure function of
-    (seed, step). Dropout uses the default generators, reseeded here too, differently by rank."""
-    generator = torch.Generator(device).manual_seed(mix_seed(seed, step))
-    t = torch.randint(T, shape[:1], generator=generator, device=device)
-    flips = torch.rand(shape[:1], generator=generator, device=device) < 0.5
-    eps = torch.randn(shape, generator=generator, device=device)
-    torch.manual_seed(mix_seed(seed, step, rank))
-    return t, flips, eps
-
-
-def dier_loss(net: nn.Module, x0: Tensor, t: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
-    """Eq. 4.6 for each image: x0, eps (B, C, H, W), t (B,) -> (B,)."""
-    x_t = q_sample(x0, t, eps, abar)
-    return eps_loss(net(x_t, t, x0), eps)
-
-
-# ---------------------------------------------------------------------------- beside the loop
-
-
-def ranks() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine) as torchrun says, else (0, 1, 0)."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-    return tuple(int(os.environ.get(name, alone)) for name, alone in names.items())
-
-
-def make_parts(
-    net: nn.Module, settings: dict[str, Any], device: torch.device, saved: dict[str, Any] | None
-) -> dict[str, Any]:
-    """What training changes, and so what a checkpoint holds: the weights, their average, Adam's
-    moments, the factor of fp16's scaler; new, or taken out of `saved`."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
-        net.encoder.to(memory_format=torch.channels_last)  # what tensor cores read
-    ema = copy.deepcopy(net).requires_grad_(False).eval()
-    optimizer = torch.optim.Adam(net.parameters(), lr=settings["lr"], fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=settings["amp"] == "fp16")
-    parts = {"raw": net, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    for name, part in parts.items() if saved else ():
-        state = saved.pop(name)  # it would lie in memory twice
-        if part is not scaler or state:  # {} where the run was not in fp16 until now
-            restore(part, state)
-    # A GPU's moments of the encoder are channels last. Fused Adam wants them laid out as the
-    # weights are here, and does not look.
-    for p, moments in optimizer.state.items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            moments[key] = torch.empty_like(p).copy_(moments[key])
-    if settings["compile"]:
-        net.compile()
-    return parts
-
-
-def add_sums(sums: Tensor, loss: Tensor, t: Tensor, norm: Tensor) -> None:
-    """Add a step to the sums, on the device: loss and images by tenth of t (loss, t (B,)), the
-    gradient norm, and how many steps had a finite one and how many not."""
-    tenth, finite = t * 10 // T, norm.isfinite()
-    sums[:10].index_add_(0, tenth, loss)
-    sums[10:20].index_add_(0, tenth, torch.ones_like(loss))
-    sums[NORM] += torch.where(finite, norm, 0.0)
-    sums[FINITE] += finite
-    sums[SKIPPED] += ~finite
-
-
-def means(sums: list[float]) -> dict[str, Any]:
-    """The sums as means, None where nothing was drawn."""
-    loss, images = sums[:10], sums[10:20]
-    return {
-        "loss": sum(loss) / max(1, sum(images)),
-        "loss_by_t": [s / n if n else None for s, n in zip(loss, images)],
-        "grad_norm": sums[NORM] / max(1, sums[FINITE]),
-        "skipped": int(sums[SKIPPED]),
-    }
-
-
-class NotFinite(SystemExit):
-    """A run ended because its loss or its gradient was not finite; status 2."""
-
-
-def read_finite(
-    sums: Tensor, settings: dict[str, Any], first: int, step: int, folder: Path
-) -> list[float]:
-    """The sums as numbers; waits for the device. Ends the run where a loss or a gradient norm since
-    step `first` was not finite; the last good checkpoint stays. Steps that fp16's scaler skips are
-    no error."""
-    values = sums.tolist()
-    tenths = [k for k, loss in enumerate(values[:10]) if not math.isfinite(loss)]
-    if tenths or (values[SKIPPED] and settings["amp"] != "fp16"):
-        where = ", ".join(f"{100 * k}-{100 * k + 99}" for k in tenths) or "any"
-        kept = folder / "checkpoint.pt"
-        fail(
-            f"the {'loss' if tenths else 'gradient'} is not finite (steps {first} to {step}, t in "
-            f"{where}, lr {settings['lr']:g}, amp {settings['amp']}): try a smaller --lr, or "
-            f"--amp off{f'; {kept} is the last good one' if kept.exists() else ''}",
-            NotFinite,
-        )
-    return values
-
-
-def open_log(folder: Path, size: int, rank: int) -> Any:
-    """log.jsonl, cut to the `size` bytes that a checkpoint knows of, so that no row is there twice
-    after a crash; only rank 0 has one."""
-    if rank:
-        return open(os.devnull, "ab", buffering=0)
-    path = folder / "log.jsonl"
-    if size and path.exists():
-        os.truncate(path, min(size, path.stat().st_size))
-    return path.open("ab" if size else "wb", buffering=0)
-
-
-def show_row(row: dict[str, Any], last: int, first: int, spent: float, limit: float) -> None:
-    """The progress line of a row of the log. The time left is known from the twentieth step on of a
-    call that began at step `first`, `spent` seconds ago; it may last `limit` seconds more."""
-    done = row["step"] - first
-    left = min((last - row["step"]) * spent / done, limit)
-    more = f", {clock(left)} left" if done >= 20 else ""
-    status(
-        f"step {row['step']:,} of {last:,}, epoch {row['epoch']:.2f}, loss {row['loss']:.4f}, "
-        f"{row['images_per_s']:,.0f} images/s{more}"
-    )
-
-
-def save(folder: Path, parts: dict[str, Any], counters: dict[str, Any]) -> None:
-    """Write checkpoint.pt, whole or not at all: the state of each part, and the counters."""
-    state = {name: part.state_dict() for name, part in parts.items()} | counters
-
-    def write(path: Path) -> None:
-        try:
-            torch.save(state, path)
-        except RuntimeError:  # torch's own writer says nothing that helps
-            raise OSError(errno.ENOSPC, "cannot be written: is the disk full?", str(path)) from None
-
-    replace_file(folder / "checkpoint.pt", write)
-
-
-@torch.no_grad()
-def preview(
-    ema: nn.Module, images: Tensor, settings: dict[str, Any], abar: Tensor, path: Path
-) -> None:
-    """Show what is being learned: for four training images and five t, one row a t, x_0, x_t and
-    the one-step estimate of x_0 by the average weights. Draws from a generator of its own."""
-    x0 = data.to_float(images[:4].to(abar.device))
-    generator = torch.Generator().manual_seed(mix_seed(settings["seed"], -1))
-    rows = []
-    for t in PREVIEW_TIMES:
-        eps = torch.randn(x0.shape, generator=generator).to(x0.device)
-        times = torch.full((len(x0),), t, device=x0.device)
-        x_t = q_sample(x0, times, eps, abar)
-        x0_hat = predict_x0(x_t, abar[t], ema(x_t, times, x0), clip=True)
-        rows.append(torch.stack([x0, x_t, x0_hat], dim=1).flatten(0, 1))  # (12, C, S, S)
-    page = data.to_uint8(torch.stack(rows)).cpu().numpy()  # (5, 12, C, S, S)
-    page = page.transpose(0, 3, 1, 4, 2)  # (5, S, 12, S, C)
-    page = page.reshape(page.shape[0] * page.shape[1], -1, page.shape[4])  # (5 S, 12 S, C)
-    scale = max(1, 64 // x0.shape[-1])
-    page = page.repeat(scale, 0).repeat(scale, 1).squeeze()
-    replace_file(path, lambda to: Image.fromarray(page).save(to, format="PNG"))
-
-
-def on_signal(finish_step: bool = False) -> list[int]:
-    """Let Ctrl-C and SIGTERM end the program with status 130 and 143. With finish_step the first of
-    them is only noted in the list returned, for a loop that looks at it; a second one ends it."""
-    stops: list[int] = []
-
-    def handler(number: int, _: Any) -> None:
-        if stops or not finish_step:
-            raise SystemExit(128 + number)
-        stops.append(number)
-        os.write(2, b"\nstopping after this step; again to stop at once\n")  # print may be busy
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-    return stops
-
-
-# ---------------------------------------------------------------------------- the loop
-
-
-def train(
-    net: nn.Module,
-    loss_fn: Callable[..., Tensor],
-    images: np.ndarray,
-    settings: dict[str, Any],
-    folder: Path,
-    saved: dict[str, Any] | None = None,
-) -> tuple[int, float, int]:
-    """Train net on uint8 images (N, C, S, S), from a checkpoint if there is one, until the epochs
-    or minutes of the settings are over or a signal comes: then the step is finished and saved.
-    loss_fn(net, x0, t, eps, abar) -> (B,). Returns (step reached, seconds, the signal or 0)."""
-    # What stays: settings, images and schedule on the device, this process's part of a batch.
-    seed, batch, accum, amp = (settings[key] for key in ("seed", "batch_size", "accum", "amp"))
-    rank, size, _ = ranks()
-    device = pick_device(settings["device"])
-    images = on_device(images, device)
-    abar = alphas_cumprod().float().to(device)
-    shape = (batch, *images.shape[1:])
-    part = slice(rank, batch, size)  # every size-th image
-    last = math.ceil(settings["epochs"] * len(images) / batch)
-    # What changes, new or as saved: networks, optimizer, counters.
-    parts = make_parts(net.to(device).train(), settings, device, saved)
-    ema, optimizer, scaler = parts["ema"], parts["optimizer"], parts["scaler"]
-    params, ema_params = list(net.parameters()), list(ema.parameters())
-    model = net if size == 1 else DistributedDataParallel(net)
-    counters = saved or {"step": 0, "row_step": 0, "log_size": 0, "seconds": 0.0}
-    first, row_step, earlier = (counters[key] for key in ("step", "row_step", "seconds"))
-    step = first
-    sums = saved["sums"].to(device) if saved else torch.zeros(SUMS, device=device)
-    log = open_log(folder, counters["log_size"], rank)
-    stops = on_signal(finish_step=True)
-    start = row_time = time.monotonic()
-    deadline = start + (60 * settings["minutes"] or math.inf)
-    saved_at = shown_at = -math.inf
-    stop = False
-    while step < last and not stop:
-        # All randomness of step n is drawn from (seed, n), for the whole batch: one process and
-        # eight see the same data, each its part, and a resumed run what it would have seen.
-        t, flips, eps = (x[part] for x in draw(seed, step, shape, device, rank))
-        index = batch_index(len(images), step, batch, seed, images.device)[part]
-        x0 = get_batch(images, index, device, flips if settings["flip"] else None)
-
-        # Forward and backward in `accum` pieces; gradients add up, and processes exchange the sum.
-        # Autocast multiplies in half precision; the scaler keeps fp16's small gradients above 0.
-        losses = []
-        for k, piece in enumerate(zip(x0.chunk(accum), t.chunk(accum), eps.chunk(accum))):
-            model.require_backward_grad_sync = k == accum - 1
-            with torch.autocast(device.type, AMP[amp], enabled=amp != "off"):
-                loss = loss_fn(model, *piece, abar)
-            scaler.scale(loss.mean() / accum).backward()
-            losses.append(loss.detach())
-
-        # Clip rare steep steps; Adam; the weights' average, of a young run over its last ninth.
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(params, settings["clip"] or math.inf, foreach=True)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        step += 1
-        decay = min(settings["ema"], (1 + step) / (10 + step))
-        with torch.no_grad():  # ema <- decay * ema + (1 - decay) * params, all in one call
-            torch._foreach_lerp_(ema_params, params, 1 - decay)
-
-        # The sums stay on the device, so that no step waits for it. They are read at a row: each
-        # of the first steps, every 20th and the last. A single process checks after every step
-        # whether to stop; many decide at a row, where one all-reduce adds up sums and votes.
-        add_sums(sums, torch.cat(losses), t, norm)
-        now = time.monotonic()
-        at_row = step <= ROW_STEPS or step % ROW_STEPS == 0 or step == last
-        decides = at_row or size == 1
-        stop = decides and (bool(stops) or now >= deadline)
-        if at_row:
-            sums[STOP] = stop
-            if size > 1:
-                dist.all_reduce(sums)
-            values = read_finite(sums, settings, row_step + 1, step, folder)
-            row = {"step": step, "epoch": step * batch / len(images), "images": step * batch}
-            row |= {"seconds": earlier + now - start, **means(values)}
-            row["images_per_s"] = (step - max(row_step, first)) * batch / (now - row_time)
-            log.write(json.dumps(row).encode() + b"\n")
-            stop = values[STOP] > 0
-            row_step, row_time = step, now
-            sums.zero_()
-            if sys.stdout.isatty() or now - shown_at > 10 or stop or step == last:
-                show_row(row, last, first, now - start, deadline - now)
-                shown_at = now
-
-        # Save at the first row, every minute and at the end.
-        ends = stop or step == last
-        if rank == 0 and decides and (ends or now - saved_at > SAVE_SECONDS):
-            read_finite(sums, settings, row_step + 1, step, folder)
-            counters = {"step": step, "row_step": row_step, "log_size": log.tell()}
-            counters |= {"seconds": earlier + now - start, "sums": sums.cpu(), "settings": settings}
-            save(folder, parts, counters)
-            if loss_fn is dier_loss:
-                preview(ema, images, settings, abar, folder / "preview.png")
-            saved_at = time.monotonic()  # a save can take long
-    on_signal()
-    log.close()
-    return step, time.monotonic() - start, stops[0] if stops else 0
 
 
 # ---------------------------------------------------------------------------- command line
