@@ -179,7 +179,8 @@ def download_file(name: str, path: Path, md5: str) -> None:
 
 def fetch(url: str, md5: str, path: Path) -> None:
     """Write the file at url to path. Raises OSError where it broke off or its md5 is another."""
-    digest, count = hashlib.md5(), 0
+    digest = hashlib.md5()
+    count = 0
     with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, path.open("wb") as out:
         total = int(answer.headers.get("Content-Length", 0))
         chunks = iter(partial(answer.read, 2**16), b"")
@@ -258,17 +259,22 @@ def draw_glyphs(split: str) -> Split:
     Each is scaled, rotated, sheared, shifted, drawn thin or bold, dimmed and covered with noise, so
     that pixels alone do not tell them apart (how much was chosen by the accuracy of raw pixels).
     """
-    n, side, big = {"train": 10_000, "test": 2_000}[split], 28, 28 * 3  # drawn at 3 x, averaged
+    n = {"train": 10_000, "test": 2_000}[split]
+    side, big = 28, 28 * 3  # drawn at 3 x, averaged
     rng = np.random.default_rng([0, split == "train"])
-    stamps, font = {}, ImageFont.load_default(size=22 * 3)
+    font = ImageFont.load_default(size=22 * 3)
+    stamps = {}
     for digit, stroke in np.ndindex(10, 4):
         stamps[digit, stroke] = Image.new("L", (big, big))
-        pen, middle = ImageDraw.Draw(stamps[digit, stroke]), (big / 2, big / 2)
-        pen.text(middle, f"{digit}", 255, font, anchor="mm", stroke_width=stroke)
-    labels, out = rng.permutation(np.arange(n) % 10), np.empty((n, 1, side, side), np.uint8)
+        pen = ImageDraw.Draw(stamps[digit, stroke])
+        pen.text((big / 2, big / 2), f"{digit}", 255, font, anchor="mm", stroke_width=stroke)
+    labels = rng.permutation(np.arange(n) % 10)
+    out = np.empty((n, 1, side, side), np.uint8)
     for i, digit in enumerate(labels):
-        scale, angle = rng.uniform(0.7, 1.1, 2), np.deg2rad(rng.uniform(-25, 25))
-        shear, shift = rng.uniform(-0.3, 0.3), rng.uniform(-3, 3, 2) * 3
+        scale = rng.uniform(0.7, 1.1, 2)
+        angle = np.deg2rad(rng.uniform(-25, 25))
+        shear = rng.uniform(-0.3, 0.3)
+        shift = rng.uniform(-3, 3, 2) * 3
         cos, sin = np.cos(angle), np.sin(angle)
         forward = np.array([[cos, -sin], [sin, cos]]) @ [[1, shear], [0, 1]] @ np.diag(scale)
         back = np.linalg.inv(forward)  # Pillow asks where each output pixel comes from
@@ -341,7 +347,8 @@ def read_cifar(name: str, folder: Path, split: str) -> Split | None:
         if highest >= classes:
             fail(damage(path, f"label {highest} of {classes} classes"))
         parts.append(records)
-    records, found = np.concatenate(parts), read_bytes([folder], meta)
+    records = np.concatenate(parts)
+    found = read_bytes([folder], meta)
     names = found[1].decode(errors="replace").split() if found else []
     if len(names) != classes:
         names = [str(k) for k in range(classes)]
@@ -487,7 +494,8 @@ def read_folder(name: str, folder: Path) -> Found | None:
     tiny-imagenet in the order of wnids.txt). Exits where a user's folder has no image, where a
     split has none, and where test has a class that train lacks.
     """
-    left_out, files = defaultdict(list), list(list_files(folder)) if folder.is_dir() else []
+    left_out = defaultdict(list)
+    files = list(list_files(folder)) if folder.is_dir() else []
     if name in SETS:
         pictures = list_named(name, folder, files, left_out)
         if not pictures:
@@ -678,7 +686,8 @@ def load(
     where the set is not there or damaged.
     """
     *splits, left_out = open_set(name, Path(data_dir))
-    label, classes = Path(name).resolve().name, len(splits[0].class_names)
+    label = Path(name).resolve().name
+    classes = len(splits[0].class_names)
     counts = " + ".join(f"{len(split.images):,}" for split in splits)
     line = f"{label}: {counts} images (train + test), {classes or 'no'} classes"
     print(line + describe_left_out(left_out), flush=True)
@@ -704,8 +713,9 @@ def set_facts(name: str) -> Facts:
     its row is that of the median shorter side of a hundred images. Exits where it has none."""
     if name in SETS:
         return SETS[name]
-    paths, sides = read_folder(name, Path(name))[0].images, []
-    for path in paths[:: -(-len(paths) // 100)]:
+    paths = read_folder(name, Path(name))[0].images
+    sides = []
+    for path in paths[:: math.ceil(len(paths) / 100)]:
         with suppress(Exception), Image.open(path) as image:  # `load` names the damaged ones
             sides.append(min(image.size))
     row = next((row for row in (32, 64) if sides and np.median(sides) <= row), 256)
@@ -754,7 +764,8 @@ def batch_index(n: int, step: int, batch: int, seed: int, device: torch.device) 
     """Which of n images make batch number `step`, int64 (B,): cut from one endless stream of
     permutations, one an epoch, so every batch is full and n may be below B. A pure function: a
     resumed run has nothing to restore."""
-    start, end, pieces = step * batch, (step + 1) * batch, []
+    start, end = step * batch, (step + 1) * batch
+    pieces = []
     for epoch in range(start // n, end // n + 1):
         begin = epoch * n
         pieces.append(permutation(n, seed, epoch, device)[max(0, start - begin) : end - begin])
@@ -812,7 +823,8 @@ def progress(
 
     `done` tells how much is done where that is not the number of items.
     """
-    start, shown, terminal = time.monotonic(), 0.0, sys.stdout.isatty()
+    start, shown = time.monotonic(), 0.0
+    terminal = sys.stdout.isatty()
     for k, item in enumerate(items, 1):
         yield item
         now = time.monotonic()

@@ -79,7 +79,8 @@ def encode(
     """
     encoder = encoder.to(device).eval()
     amp = pick_amp("auto", device)
-    parts, size = [], max(1, min(BLOCK, BLOCK * 64**2 // math.prod(images.shape[2:])))
+    parts: list[Tensor] = []
+    size = max(1, min(BLOCK, BLOCK * 64**2 // math.prod(images.shape[2:])))
     blocks = range(0, len(images), size)
     for first in progress(
         blocks, f"encoding {what}", len(images), "images", lambda: size * len(parts)
@@ -254,12 +255,14 @@ def search(
     """
     n = min(3_000, max(800, len(split.images) // 12))
     index = sample(split.labels, len(split.images), n, 0)
-    images, groups = split.images[index], None if split.groups is None else split.groups[index]
+    images = split.images[index]
+    groups = None if split.groups is None else split.groups[index]
     folds = torch.from_numpy(make_folds(len(index), groups)).to(device)
     labels = torch.from_numpy(split.labels[index]).to(device)
     y = F.one_hot(labels, classes).float()  # (n, K)
     y = y - y.mean(0)
-    rows, step, times = [], STEP, [*range(0, T, STEP), T - 1]
+    rows: list[dict[str, Any]] = []
+    step, times = STEP, [*range(0, T, STEP), T - 1]
     print("\n   t  images  accuracy  explained", flush=True)
     while step >= FINEST:
         for t in times:
@@ -275,7 +278,8 @@ def search(
             row = {"t": t, "images": len(index), "accuracy": accuracy, "explained": explained}
             rows.append({**row, "seconds": time.monotonic() - start})
             print(f"{t:>4}  {len(index):6,}  {accuracy:8.2f}  {explained:9.4f}", flush=True)
-        best, step = choose(rows, "explained")["t"], step // 2
+        best = choose(rows, "explained")["t"]
+        step //= 2
         times = [t for t in (best - step, best + step) if 0 <= t < T]
     return rows
 
@@ -359,7 +363,8 @@ def print_summary(result: dict[str, Any]) -> None:
     n_train, n_test, p = result["n_train"], result["n_test"], result["protocol"]
     top1 = result["test_top1"]
     low, high = wilson(top1, n_test)
-    several, tried = len(result["rows"]) > 1, result.get("search")
+    several = len(result["rows"]) > 1
+    tried = result.get("search")
     which = "chosen by held-out training images" if several else "given"
     if tried:
         which = "found by the search on training images"
@@ -445,7 +450,8 @@ def main(argv: list[str] | None = None) -> None:
     if export and export.is_dir():
         fail(f"--export {export} is a folder: name a file, such as {export / 'v.npz'}")
     model, saved = load_model(folder, weights=typed.get("weights", "ema"))
-    settings, device = saved["settings"], pick_device(typed.get("device", "auto"))
+    settings = saved["settings"]
+    device = pick_device(typed.get("device", "auto"))
     standard = {
         "t": TIMES,
         "data": settings["data"],

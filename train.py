@@ -229,7 +229,8 @@ def make_parts(
 def add_sums(sums: Tensor, loss: Tensor, t: Tensor, norm: Tensor) -> None:
     """Add a step to the sums, on the device: loss and images by tenth of t (loss, t (B,)), the
     gradient norm, and how many steps had a finite one and how many not."""
-    tenth, finite = t * 10 // T, norm.isfinite()
+    tenth = t * 10 // T
+    finite = norm.isfinite()
     sums[:10].index_add_(0, tenth, loss)
     sums[10:20].index_add_(0, tenth, torch.ones_like(loss))
     sums[NORM] += torch.where(finite, norm, 0.0)
@@ -742,7 +743,8 @@ def main(argv: list[str] | None = None) -> None:
         settings = resolve(typed)
         if (folder / "checkpoint.pt").exists() and not dry_run:
             fail(f"{folder} holds a trained run: add --resume to go on, or choose another --name")
-    batch, pieces = settings["batch_size"], ranks()[1] * settings["accum"]
+    batch = settings["batch_size"]
+    pieces = ranks()[1] * settings["accum"]
     if batch % pieces:
         way = "another --accum" if saved else str(math.ceil(batch / pieces) * pieces)
         fail(
@@ -788,7 +790,8 @@ def run(
     if size > 1:  # all end together, when rank 0 has saved: gloo's threads abort a lonely end
         dist.barrier()
         dist.destroy_process_group()
-    name, seen = folder.relative_to(RUNS), step * settings["batch_size"]
+    name = folder.relative_to(RUNS)
+    seen = step * settings["batch_size"]
     if stopped and seen < settings["epochs"] * len(split.images):
         again = f"python train.py --name {shlex.quote(str(name))} --resume"
         print(f"stopped at step {step:,}: {again} goes on")
