@@ -81,6 +81,8 @@ def test_standardising_uses_the_training_set_alone():
     want = (x_test.half().double()[:, 0] - y.mean()) / y.std(correction=0)
     assert torch.allclose(got_test[:, 0].double(), want, rtol=1e-3)
     assert torch.isfinite(got_test).all() and got_test[0, 3] > 6e4
+    few = torch.arange(4.0)[:, None]  # by N, as batch norm does, and not by N - 1
+    assert probe.standardise(few, few)[0][3].item() == pytest.approx(1.5 / 1.25**0.5, rel=1e-3)
 
 
 def test_half_precision_changes_no_accuracy_by_more_than_a_third_of_a_point():
@@ -161,6 +163,9 @@ def test_top1_and_top5_of_head_0_and_held_out_of_the_head_that_did_not_see(monke
     layer.bias.data = torch.tensor([scores[0], scores[2], scores[1]]).float().flatten()
     row = probe.evaluate(x, x[:8], [y, y_test], folds, {**PROTOCOL, "classes": 12})
     assert row["held_out"] == pytest.approx(100 / 6)
+    layer.bias.data = torch.tensor([scores[0], scores[2], scores[2]]).float().flatten()
+    row = probe.evaluate(x, x[:8], [y, y_test], folds, {**PROTOCOL, "classes": 12})
+    assert row["held_out"] == pytest.approx(100 / 12)  # both folds count
 
 
 def test_folds_keep_groups_together_and_hold_everything_out_once():
@@ -251,6 +256,24 @@ def test_each_row_is_printed_before_the_next_t_is_encoded(monkeypatch, capsys):
     assert row.split() == ["0", *(f"{first[key]:.2f}" for key in ("held_out", "top1", "knn"))]
     *_, row = printed["random of train"].splitlines()
     assert row.split()[0] == "500"
+
+
+class Faint(nn.Module):
+    """Stands for an encoder: pixels whose spread is small beside their mean, as v's is."""
+
+    def forward(self, x0, t):
+        return 1 + 0.01 * x0.flatten(1)
+
+
+def test_features_are_standardised_unless_the_norm_is_none(capsys):
+    """In few epochs heads reach faint features only when these are standardised; floors too."""
+    splits, top1 = (pictures(400, 0), pictures(200, 1)), {}
+    for norm in ("std", "none"):
+        protocol = {**PROTOCOL, "epochs": 3, "norm": norm}
+        found = probe.probe(Faint(), {"random": Faint()}, [0], splits, CPU, protocol)
+        top1[norm] = found["rows"][0]["top1"]
+        assert found["floors"]["random"] == top1[norm]
+    assert top1["std"] > 95 and top1["none"] < 60
 
 
 class Planted(nn.Module):
@@ -401,7 +424,8 @@ def test_probe_json_has_what_the_docstring_says(trained, capsys):
     times = [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999]
     assert [row["t"] for row in result["rows"]] == times == probe.TIMES
     assert result["floors"]["pixels"] == 100 and result["name"] == "set"
-    assert result["n_train"] == result["n_test"] == 40
+    assert result["n_train"] == result["n_test"] == 40 and 0 < result["seconds"] < 300
+    assert out.startswith("runs/set, step 3, cpu\n") and "\n   t  held-out   top-1     kNN\n" in out
     protocol = {"data": "set", "limit": 0, "norm": "std", "epochs": 100, "lr": 2e-4}
     assert result["protocol"] == protocol | {"weights": "ema", "classes": 2, "step": 3}
     for words in (
@@ -488,6 +512,21 @@ def test_no_call_destroys_the_result_of_another(trained, tmp_path):
     assert limited["n_train"] == limited["n_test"] == 12 and limited["protocol"]["norm"] == "none"
     other = json.loads(kept["probe-t-400-data-other_set-epochs-2.json"])
     assert other["n_test"] == 18 and other["protocol"]["classes"] == 3
+
+
+def test_the_rate_of_the_heads_is_twice_that_of_the_papers_training(tmp_path, monkeypatch, capsys):
+    """2e-5 for the sets that it reads at 256 pixels; above ten classes there is a top-5."""
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "large", per_class=2, classes=12)
+    for path in (tmp_path / "large").rglob("*.png"):
+        Image.open(path).resize((80, 80)).save(path)
+    train.main(["--data", "large", *TINY, "--epochs", "1"])
+    capsys.readouterr()
+    run("--t", "0", "--epochs", "1")
+    protocol = results(train.RUNS / "large")["probe-t-0-epochs-1.json"]
+    assert json.loads(protocol)["protocol"]["lr"] == 2e-5
+    out = capsys.readouterr().out
+    assert "\n   t  held-out   top-1   top-5     kNN\n" in out and "AdamW lr 2e-05" in out
 
 
 def test_the_random_floor_opens_the_branches_that_untrained_has_off(trained):
