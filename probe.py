@@ -428,6 +428,18 @@ def parse_times(text: str) -> list[int] | str:
     return sorted({int(part) for part in parts})
 
 
+def standard_protocol(settings: dict[str, Any]) -> dict[str, Any]:
+    """The protocol of Sec. A.2, for a run of these settings; a flag each."""
+    return {
+        "data": settings["data"],
+        "limit": 0,
+        "norm": "std",
+        "epochs": EPOCHS,
+        "lr": 2e-5 if settings["row"] == 256 else 2e-4,  # twice the paper's of training
+        "weights": "ema",
+    }
+
+
 def result_path(folder: Path, typed: dict[str, Any], standard: dict[str, Any]) -> Path:
     """probe.json for the standard sweep; a flag unlike its default adds its name and value."""
     words = ["probe"]
@@ -452,17 +464,10 @@ def main(argv: list[str] | None = None) -> None:
     model, saved = load_model(folder, weights=typed.get("weights", "ema"))
     settings = saved["settings"]
     device = pick_device(typed.get("device", "auto"))
-    standard = {
-        "t": TIMES,
-        "data": settings["data"],
-        "limit": 0,
-        "norm": "std",
-        "epochs": EPOCHS,
-        "lr": 2e-5 if settings["row"] == 256 else 2e-4,
-        "weights": "ema",
-    }
+    standard = {"t": TIMES, **standard_protocol(settings)}
     protocol = {key: typed.get(key, value) for key, value in standard.items()}
-    times, name, limit = protocol.pop("t"), protocol["data"], protocol["limit"]
+    name, limit = protocol["data"], protocol["limit"]
+    times = protocol.pop("t")
     print(f"{folder}, step {saved['step']:,}, {device}")
     data_dir = Path(typed.get("data_dir", settings["data_dir"]))
     splits = load(name, settings["size"], settings["channels"], data_dir, limit)

@@ -284,8 +284,7 @@ def probe_encoder(
     table: Table, settings: dict[str, Any], encoder: nn.Module, step: int
 ) -> dict[str, Any]:
     """What probe.py's protocol gives, at the few t of a table: all that `probe.probe` returns."""
-    protocol = {"data": settings["data"], "limit": LABELS, "norm": "std", "epochs": probe.EPOCHS}
-    protocol |= {"lr": 2e-5 if settings["row"] == 256 else 2e-4, "weights": "ema"}
+    protocol = probe.standard_protocol(settings) | {"limit": LABELS}
     protocol |= {"classes": len(settings["class_names"]), "step": step}
     times = [0] if settings["method"] in TIMELESS else TIMES
     device = train.pick_device(settings["device"])
