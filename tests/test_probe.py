@@ -517,14 +517,15 @@ def test_no_call_destroys_the_result_of_another(trained, tmp_path):
 def test_the_rate_of_the_heads_is_twice_that_of_the_papers_training(tmp_path, monkeypatch, capsys):
     """2e-5 for the sets that it reads at 256 pixels; above ten classes there is a top-5."""
     monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "large", per_class=2, classes=12)
+    write_folder(tmp_path / "large", per_class=2, classes=11)
     for path in (tmp_path / "large").rglob("*.png"):
         Image.open(path).resize((80, 80)).save(path)
     train.main(["--data", "large", *TINY, "--epochs", "1"])
     capsys.readouterr()
     run("--t", "0", "--epochs", "1")
-    protocol = results(train.RUNS / "large")["probe-t-0-epochs-1.json"]
-    assert json.loads(protocol)["protocol"]["lr"] == 2e-5
+    result = json.loads((train.RUNS / "large/probe-t-0-epochs-1.json").read_text())
+    assert result["protocol"]["lr"] == 2e-5 and result["rows"][0]["top5"] is not None
+    assert result["command"] == "python probe.py --device cpu --t 0 --epochs 1"
     out = capsys.readouterr().out
     assert "\n   t  held-out   top-1   top-5     kNN\n" in out and "AdamW lr 2e-05" in out
 
