@@ -117,6 +117,7 @@ def test_a_run_learns_and_leaves_what_the_docstring_says(folder, capsys):
     assert [r["step"] for r in log] == [*range(1, 21), *range(40, 121, 20)]
     assert log[0]["loss"] == pytest.approx(1.0, abs=0.12)  # 1,024 draws of eps^2
     assert log[-1]["loss"] < 0.7
+    assert [(r["epoch"], r["images"]) for r in log[-2:]] == [(40, 1600), (48, 1920)]
     line = json.loads((train.RUNS / "set/log.jsonl").read_text().splitlines()[0])
     keys = {"step", "epoch", "images", "seconds", "loss", "loss_by_t", "grad_norm", "skipped"}
     assert set(line) == {*keys, "images_per_s"} and len(line["loss_by_t"]) == 10
@@ -501,9 +502,11 @@ def test_dry_run_needs_no_set_and_writes_nothing(name, preset, tmp_path, monkeyp
 def test_typed_flags_replace_the_presets(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = "--preset paper --epochs 0.5 --minutes 2 --mult 1 2 --patch 4 --no-flip --lr 3e-4"
+    flags += " --dropout 0 --ema 0"
     train.main([*flags.split(), "--data", "cifar10", "--dry-run"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     want = {"epochs": 0.5, "minutes": 2, "mult": [1, 2], "patch": 4, "flip": False, "lr": 3e-4}
+    want |= {"dropout": 0, "ema": 0}
     assert {key: result[key] for key in want} == want
     train.main(["--data", "cifar10", "--preset", "cpu", "--dry-run", "--patch", "8"])
     assert "192 values do not fit a token of 128: 33% of the noise" in capsys.readouterr().out
