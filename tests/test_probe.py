@@ -106,6 +106,8 @@ def test_half_precision_changes_no_accuracy_by_more_than_a_third_of_a_point():
 def test_separable_features_reach_100_and_labels_without_a_pattern_chance():
     row = evaluate(blobs(400), blobs(200, seed=1))
     assert row == {"top1": 100, "top5": None, "held_out": 100}
+    ten = [blobs(n, seed, classes=10, width=40) for n, seed in ((400, 0), (200, 1))]
+    assert evaluate(*ten, classes=10) == row  # top-5 begins with eleven
     generator = torch.Generator().manual_seed(0)
     x, x_test = torch.randn(2, 1000, 16, generator=generator)
     y = torch.arange(1000) % 4
@@ -530,15 +532,20 @@ def test_the_rate_of_the_heads_is_twice_that_of_the_papers_training(tmp_path, mo
     assert "\n   t  held-out   top-1   top-5     kNN\n" in out and "AdamW lr 2e-05" in out
 
 
-def test_the_random_floor_opens_the_branches_that_untrained_has_off(trained):
-    settings = train.read_config(trained)
-    off, on = (probe.untrained_encoder(settings, random) for random in (False, True))
+def test_the_random_floor_opens_the_branches_that_untrained_has_off(trained, monkeypatch):
+    handed = {}
+    monkeypatch.setattr(probe, "probe", lambda encoder, floors, *_: handed.update(floors) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("--t", "400")
+    assert list(handed) == ["pixels", "untrained", "random"]
+    off, on = handed["untrained"], handed["random"]
     assert all(not layer.weight.any() for layer in off.zero_initialised())
     assert all(layer.weight.all() for layer in on.zero_initialised())
     assert torch.equal(off.stem.weight, on.stem.weight)
 
 
 def test_export_holds_v_t_as_the_encoder_gives_it(trained):
+    train.Path("set/test/class0/00.png").unlink()
     run("--t", "0,400", "--epochs", "1", "--export", "new/out.npz")
     model, _ = train.load_model(trained)
     splits = data.load("set", 8, 3, train.Path("data"))
@@ -555,7 +562,7 @@ def test_export_holds_v_t_as_the_encoder_gives_it(trained):
             assert np.array_equal(file[f"y_{kind}"], split.labels)
             for t in (0, 400):
                 v = file[f"x_{kind}_{t}"]
-                assert v.shape == (40, 1024) and v.dtype == np.float16
+                assert v.shape == (len(split.images), 1024) and v.dtype == np.float16
                 want = probe.encode(model.encoder, split.images, t, CPU, "")
                 np.testing.assert_allclose(v, want.numpy(), atol=1e-3)
     assert [path.name for path in train.Path("new").iterdir()] == ["out.npz"]
