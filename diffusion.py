@@ -6,14 +6,16 @@
     x_0-hat = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)                        predict_x0
 
 Eq. 3.1 takes a small step, a thousand times. The sum of Gaussian steps is Gaussian, so Eq. 3.2
-jumps to any t at once: the image fades, the noise grows, the variance stays near 1.
+jumps to any t at once: the image fades, the noise grows, the variance goes from the image's to 1.
 
     t                        0     100     400     700     999
     sqrt(abar_t)         1.000   0.946   0.440   0.083   0.006     what is left of the image
     sqrt(1 - abar_t)     0.010   0.324   0.898   0.997   1.000     how much noise there is
 
 Why guess the noise? Given x_t, the noise determines the image and the image the noise (the equation
-of `predict_x0`). But eps has variance 1 at every t, so one network with one loss serves all t.
+of `predict_x0`), so a network could guess either: an error of the noise is that of the image, times
+sqrt(abar_t / (1 - abar_t)). So Eq. 4.6 weighs the image's error: heavily at small t, where fine
+detail is decided, and hardly at t = 999, where nothing can be known. DDPM found that to work best.
 
 Time t is an integer in 0..999: t = 0 is the first, faintest noise, and a clean image has no t at
 all (abar = 1). (Eq. 3.2 of the paper prints the standard deviation where N(., .) takes the

@@ -27,7 +27,6 @@ Shapes: B batch, C channels, H W pixels.
 import argparse
 import copy
 import ctypes
-import errno
 import json
 import math
 import os
@@ -61,22 +60,22 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAVE_SECONDS = 60.0  # between two checkpoints; many processes save at the next row
 PREVIEW_TIMES = (100, 300, 500, 700, 900)
 ROW_STEPS = 20  # a row of the log for each of the first 20 steps, then for every 20th
-# What training sums up on the device: 0-9 loss and 10-19 images by tenth of t, then
-NORM, FINITE, SKIPPED, STOP, SUMS = 20, 21, 22, 23, 24
+# What training sums up on the device: at 0-9 the loss and at 10-19 the number of images by tenth of
+# t, then the gradient norm, the steps where it was finite, those where it was not, votes to stop.
+NORM, FINITE, SKIPPED, STOP = 20, 21, 22, 23
+SUMS = 24  # how many numbers that are
 
 # ---------------------------------------------------------------------------- the step
 
 
 def draw(
-    seed: int, step: int, shape: tuple[int, ...], device: torch.device, rank: int = 0
+    seed: int, step: int, shape: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """t (B,), flips (B,) and eps `shape` of one step for the global batch, a pure function of
-    (seed, step). Dropout uses the default generators, reseeded here too, differently by rank."""
+    """t (B,), flips (B,) and eps `shape` of one step for the global batch: a pure function."""
     generator = torch.Generator(device).manual_seed(mix_seed(seed, step))
     t = torch.randint(T, shape[:1], generator=generator, device=device)
     flips = torch.rand(shape[:1], generator=generator, device=device) < 0.5
     eps = torch.randn(shape, generator=generator, device=device)
-    torch.manual_seed(mix_seed(seed, step, rank))
     return t, flips, eps
 
 
@@ -100,39 +99,40 @@ def train(
     """Train net on uint8 images (N, C, S, S), from a checkpoint if there is one, until the epochs
     or minutes of the settings are over or a signal comes: then the step is finished and saved.
     loss_fn(net, x0, t, eps, abar) -> (B,). Returns (step reached, seconds, the signal or 0)."""
-    # What stays: settings, images and schedule on the device, this process's part of a batch.
+    # What stays: settings, images and schedule on the device.
     seed, batch, accum, amp = (settings[key] for key in ("seed", "batch_size", "accum", "amp"))
-    rank, size, _ = ranks()
+    rank, processes, _ = ranks()
     device = pick_device(settings["device"])
     images = on_device(images, device)
     abar = alphas_cumprod().float().to(device)
     shape = (batch, *images.shape[1:])
-    part = slice(rank, batch, size)  # every size-th image
+    mine = slice(rank, batch, processes)  # this process's images of a batch
     last = math.ceil(settings["epochs"] * len(images) / batch)
     # What changes, new or as saved: networks, optimizer, counters.
     parts = make_parts(net.to(device).train(), settings, device, saved)
     ema, optimizer, scaler = parts["ema"], parts["optimizer"], parts["scaler"]
     params, ema_params = list(net.parameters()), list(ema.parameters())
-    model = net if size == 1 else DistributedDataParallel(net)
+    model = net if processes == 1 else DistributedDataParallel(net)
     counters = saved or {"step": 0, "row_step": 0, "log_size": 0, "seconds": 0.0}
     first, row_step, earlier = (counters[key] for key in ("step", "row_step", "seconds"))
     step = first
     sums = saved["sums"].to(device) if saved else torch.zeros(SUMS, device=device)
     log = open_log(folder, counters["log_size"], rank)
-    stops = on_signal(finish_step=True)
+    signals = catch_signals(finish_step=True)
     start = row_time = time.monotonic()
     deadline = start + (60 * settings["minutes"] or math.inf)
     saved_at = shown_at = -math.inf
     stop = False
     while step < last and not stop:
-        # All randomness of step n is drawn from (seed, n), for the whole batch: one process and
-        # eight see the same data, each its part, and a resumed run what it would have seen.
-        t, flips, eps = (x[part] for x in draw(seed, step, shape, device, rank))
-        index = batch_index(len(images), step, batch, seed, images.device)[part]
+        # t, flips and eps follow from (seed, step) for the whole batch, dropout from rank as well:
+        # one process and eight see the same data, and a resumed run what it would have seen.
+        torch.manual_seed(mix_seed(seed, step, rank))  # dropout draws from the default generators
+        t, flips, eps = (x[mine] for x in draw(seed, step, shape, device))
+        index = batch_index(len(images), step, batch, seed, images.device)[mine]
         x0 = get_batch(images, index, device, flips if settings["flip"] else None)
 
-        # Forward and backward in `accum` pieces; gradients add up, and processes exchange the sum.
-        # Autocast multiplies in half precision; the scaler keeps fp16's small gradients above 0.
+        # Forward and backward in `accum` pieces, whose gradients add up; after the last one they
+        # are averaged over the processes. The scaler keeps fp16's small gradients above zero.
         losses = []
         for k, piece in enumerate(zip(x0.chunk(accum), t.chunk(accum), eps.chunk(accum))):
             model.require_backward_grad_sync = k == accum - 1
@@ -141,7 +141,7 @@ def train(
             scaler.scale(loss.mean() / accum).backward()
             losses.append(loss.detach())
 
-        # Clip rare steep steps; Adam; the weights' average, of a young run over its last ninth.
+        # Clip; Adam; the average follows the weights, the slower the longer they have trained.
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(params, settings["clip"] or math.inf, foreach=True)
         scaler.step(optimizer)
@@ -158,11 +158,11 @@ def train(
         add_sums(sums, torch.cat(losses), t, norm)
         now = time.monotonic()
         at_row = step <= ROW_STEPS or step % ROW_STEPS == 0 or step == last
-        decides = at_row or size == 1
-        stop = decides and (bool(stops) or now >= deadline)
+        decides = at_row or processes == 1
+        stop = decides and (bool(signals) or now >= deadline)
         if at_row:
             sums[STOP] = stop
-            if size > 1:
+            if processes > 1:
                 dist.all_reduce(sums)
             values = read_finite(sums, settings, row_step + 1, step, folder)
             row = {"step": step, "epoch": step * batch / len(images), "images": step * batch}
@@ -179,16 +179,15 @@ def train(
         # Save at the first row, every minute and at the end.
         ends = stop or step == last
         if rank == 0 and decides and (ends or now - saved_at > SAVE_SECONDS):
-            read_finite(sums, settings, row_step + 1, step, folder)
+            read_finite(sums, settings, row_step + 1, step, folder)  # no NaN is saved
             counters = {"step": step, "row_step": row_step, "log_size": log.tell()}
             counters |= {"seconds": earlier + now - start, "sums": sums.cpu(), "settings": settings}
             save(folder, parts, counters)
             if loss_fn is dier_loss:
                 preview(ema, images, settings, abar, folder / "preview.png")
             saved_at = time.monotonic()  # a save can take long
-    on_signal()
-    log.close()
-    return step, time.monotonic() - start, stops[0] if stops else 0
+    end_loop(log)
+    return step, time.monotonic() - start, signals[0] if signals else 0
 
 
 # ---------------------------------------------------------------------------- beside the loop
@@ -196,8 +195,8 @@ def train(
 
 def ranks() -> tuple[int, int, int]:
     """(rank, number of processes, rank on this machine) as torchrun says, else (0, 1, 0)."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-    return tuple(int(os.environ.get(name, alone)) for name, alone in names.items())
+    env = os.environ
+    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
 
 
 def make_parts(
@@ -212,10 +211,11 @@ def make_parts(
     optimizer = torch.optim.Adam(net.parameters(), lr=settings["lr"], fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=settings["amp"] == "fp16")
     parts = {"raw": net, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    for name, part in parts.items() if saved else ():
-        state = saved.pop(name)  # it would lie in memory twice
-        if part is not scaler or state:  # {} where the run was not in fp16 until now
-            restore(part, state)
+    if saved:
+        for name, part in parts.items():
+            state = saved.pop(name)  # else it would lie in memory twice
+            if part is not scaler or state:  # {} where the run was not in fp16 until now
+                restore(part, state)
     # A GPU's moments of the encoder are channels last. Fused Adam wants them laid out as the
     # weights are here, and does not look.
     for p, moments in optimizer.state.items():
@@ -262,6 +262,8 @@ def read_finite(
     values = sums.tolist()
     tenths = [k for k, loss in enumerate(values[:10]) if not math.isfinite(loss)]
     if tenths or (values[SKIPPED] and settings["amp"] != "fp16"):
+        if sys.stdout.isatty():
+            print()  # the progress line has no end of its own
         where = ", ".join(f"{100 * k}-{100 * k + 99}" for k in tenths) or "any"
         kept = folder / "checkpoint.pt"
         fail(
@@ -301,10 +303,8 @@ def save(folder: Path, parts: dict[str, Any], counters: dict[str, Any]) -> None:
     state = {name: part.state_dict() for name, part in parts.items()} | counters
 
     def write(path: Path) -> None:
-        try:
-            torch.save(state, path)
-        except RuntimeError:  # torch's own writer says nothing that helps
-            raise OSError(errno.ENOSPC, "cannot be written: is the disk full?", str(path)) from None
+        with path.open("wb") as file:  # torch's own writer does not say that a disk is full
+            torch.save(state, file)
 
     replace_file(folder / "checkpoint.pt", write)
 
@@ -323,29 +323,36 @@ def preview(
         times = torch.full((len(x0),), t, device=x0.device)
         x_t = q_sample(x0, times, eps, abar)
         x0_hat = predict_x0(x_t, abar[t], ema(x_t, times, x0), clip=True)
-        rows.append(torch.stack([x0, x_t, x0_hat], dim=1).flatten(0, 1))  # (12, C, S, S)
-    page = data.to_uint8(torch.stack(rows)).cpu().numpy()  # (5, 12, C, S, S)
-    page = page.transpose(0, 3, 1, 4, 2)  # (5, S, 12, S, C)
-    page = page.reshape(page.shape[0] * page.shape[1], -1, page.shape[4])  # (5 S, 12 S, C)
+        triples = torch.stack([x0, x_t, x0_hat], dim=1).flatten(0, 1)  # (12, C, S, S)
+        rows.append(torch.cat(list(triples), dim=2))  # (C, S, 12 S)
+    page = data.to_uint8(torch.cat(rows, dim=1)).permute(1, 2, 0).cpu().numpy()  # (5 S, 12 S, C)
     scale = max(1, 64 // x0.shape[-1])
     page = page.repeat(scale, 0).repeat(scale, 1).squeeze()
     replace_file(path, lambda to: Image.fromarray(page).save(to, format="PNG"))
 
 
-def on_signal(finish_step: bool = False) -> list[int]:
+def catch_signals(finish_step: bool = False) -> list[int]:
     """Let Ctrl-C and SIGTERM end the program with status 130 and 143. With finish_step the first of
     them is only noted in the list returned, for a loop that looks at it; a second one ends it."""
-    stops: list[int] = []
+    noted: list[int] = []
 
     def handler(number: int, _: Any) -> None:
-        if stops or not finish_step:
+        if noted or not finish_step:
             raise SystemExit(128 + number)
-        stops.append(number)
+        noted.append(number)
         os.write(2, b"\nstopping after this step; again to stop at once\n")  # print may be busy
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
-    return stops
+    return noted
+
+
+def end_loop(log: Any) -> None:
+    """Close the log and the progress line; from here on a first Ctrl-C ends the program."""
+    log.close()
+    if sys.stdout.isatty():
+        print()
+    catch_signals()
 
 
 # ---------------------------------------------------------------------------- runs on disk
@@ -368,7 +375,8 @@ def run_folder(name: str) -> Path:
 
 
 def find_run(name: str | None = None) -> Path:
-    """runs/NAME, else the DiER run whose checkpoint was written last; exits where there is none."""
+    """runs/NAME, else the DiER run right below runs/ whose checkpoint was written last; exits where
+    there is none."""
     if name is not None:
         folder = run_folder(name)
         if not (folder / "checkpoint.pt").exists():
@@ -488,7 +496,6 @@ def number(kind: type, fits: Callable[[float], bool], what: str) -> Callable[[st
     """An argparse type: a number of that kind for which fits(number) holds."""
 
     def parse(text: str) -> Any:
-        """The number that the text says."""
         try:
             value = kind(text)
             if math.isfinite(value) and fits(value):
@@ -511,16 +518,10 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line; a flag that was not typed is not in the result."""
 
     def __init__(self, doc: str, **more: Any):
-        first, *rest = doc.split("\n\n")
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            description=first,
-            epilog=rest[0],
-            formatter_class=raw,
-            argument_default=argparse.SUPPRESS,
-            allow_abbrev=False,
-            **more,
-        )
+        summary, commands, *_ = doc.split("\n\n")
+        more |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        more |= {"argument_default": argparse.SUPPRESS}
+        super().__init__(description=summary, epilog=commands, **more)
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message}; --help lists the flags")
@@ -533,11 +534,19 @@ def build_parser() -> Parser:
     add("--data", help=f"{', '.join(data.SETS)}, or a folder of images (glyphs)")
     add("--data-dir", help="sets live here (data)")
     add("--name", help="the run's folder is runs/NAME (the set's name)")
-    add("--resume", action="store_true", help="go on from the checkpoint of --name, or the newest")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with --name, else --data's run, else the newest",
+    )
     add("--dry-run", action="store_true", help="print the settings, train nothing")
     preset = "paper: Table 4; cpu: minutes on two cores (auto: paper with CUDA, else cpu)"
     add("--preset", choices=["auto", *PRESETS], help=preset)
-    add("--minutes", type=not_negative, help="at most so long, from the first step (0 = no limit)")
+    add(
+        "--minutes",
+        type=not_negative,
+        help="at most so long in one call, from its first step (0 = no limit)",
+    )
     add("--seed", type=natural, help="of weights, batches, t, eps and dropout (0)")
     add("--limit", type=natural, help="a sample of N images, equal over the classes (0 = all)")
     add("--flip", action=switch, help="random horizontal flips (on; off for digits)")
@@ -547,25 +556,21 @@ def build_parser() -> Parser:
     add("--amp", choices=["auto", *AMP], help="mixed precision (auto: where the hardware has it)")
     add("--accum", type=positive_int, help="accumulate gradients over N passes: less memory (1)")
     add("--compile", action=switch, help="torch.compile both networks (off)")
-    columns = {
-        "size": (positive_int, "pixels: images are resized to size x size"),
-        "patch": (positive_int, "pixels of a token's side"),
-        "hidden": (positive_int, "width of the DiT"),
-        "depth": (positive_int, "blocks of the DiT"),
-        "heads": (positive_int, "attention heads of the DiT"),
-        "base": (positive_int, "width of the encoder, times mult"),
-        "blocks": (positive_int, "ResBlocks a level of the encoder"),
-        "mult": (positive_int, "widths of the encoder's levels, in units of base"),
-        "attention": (positive_int, "resolutions with self-attention in the encoder"),
-        "enc_heads": (positive_int, "attention heads of the encoder"),
-        "dropout": (fraction, "in the encoder's ResBlocks"),
-        "batch_size": (positive_int, "images a step, of all processes together"),
-        "lr": (positive, "constant learning rate of Adam"),
-        "epochs": (positive, "passes over the training set"),
-    }
-    for column, (kind, what) in columns.items():
-        many = {"nargs": "+"} if column in ("mult", "attention") else {}
-        add(f"--{column.replace('_', '-')}", type=kind, help=f"{what} (the preset's)", **many)
+    add = p.add_argument_group("the columns of Table 4 (by default the preset's)").add_argument
+    add("--size", type=positive_int, help="pixels: images are resized to size x size")
+    add("--patch", type=positive_int, help="pixels of a token's side")
+    add("--hidden", type=positive_int, help="width of the DiT")
+    add("--depth", type=positive_int, help="blocks of the DiT")
+    add("--heads", type=positive_int, help="attention heads of the DiT")
+    add("--base", type=positive_int, help="width of the encoder, times mult")
+    add("--blocks", type=positive_int, help="ResBlocks a level of the encoder")
+    add("--mult", type=positive_int, nargs="+", help="widths of the encoder's levels, times base")
+    add("--attention", type=positive_int, nargs="+", help="resolutions with self-attention")
+    add("--enc-heads", type=positive_int, help="attention heads of the encoder")
+    add("--dropout", type=fraction, help="in the encoder's ResBlocks")
+    add("--batch-size", type=positive_int, help="images a step, of all processes together")
+    add("--lr", type=positive, help="constant learning rate of Adam")
+    add("--epochs", type=positive, help="passes over the training set")
     return p
 
 
@@ -613,22 +618,20 @@ def resolve(typed: dict[str, Any]) -> dict[str, Any]:
     settings = {**DEFAULTS, **facts, **row, **typed, "preset": preset}
     settings["device"] = device.type if name == "auto" else name
     settings["amp"] = pick_amp(settings["amp"], device)
-    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}  # as JSON
-    model_config(settings)
-    return settings
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}  # as JSON
 
 
 def resolve_resumed(typed: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """The settings of a resumed run: the checkpoint's, with what may change as typed."""
     typed = {key: value for key, value in typed.items() if value != "auto"}
     for key, value in typed.items():
-        moved = key == "data" and not {value, saved[key]} & set(data.SETS)  # another folder
+        moved = key == "data" and not {value, saved[key]} & set(data.SETS)  # a folder, elsewhere
         if value != saved[key] and key not in MAY_CHANGE and not moved:
             fail(
                 f"--{key.replace('_', '-')} {value} differs from the checkpoint's {saved[key]}: "
                 f"leave it out to go on, or start a new run with another --name"
             )
-    pick_device(typed.get("device", saved["device"]))
+    pick_device(typed.get("device", saved["device"]))  # exits where it does not work here
     return {**saved, **typed}
 
 
@@ -707,7 +710,7 @@ def guard(main: Callable[[], None]) -> None:
     keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
-    on_signal()
+    catch_signals()
     try:
         main()
         sys.stdout.flush()

@@ -91,6 +91,7 @@ def plain_loop(plain, settings, images, steps):
     seed, batch = settings["seed"], settings["batch_size"]
     losses = []
     for step in range(steps):
+        torch.manual_seed(data.mix_seed(seed, step, 0))  # dropout's
         t, flips, eps = train.draw(seed, step, (batch, *images.shape[1:]), CPU)
         index = data.batch_index(len(images), step, batch, seed, CPU)
         x0 = torch.from_numpy(images[index.numpy()]) / 127.5 - 1

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,17 +67,15 @@ def assert_same(a, b):
 
 
 def test_draw_is_pure_and_reaches_both_ends_of_t():
+    before = torch.get_rng_state()
     a, b = (train.draw(3, 7, (16, 1, 4, 4), CPU) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
     c = train.draw(3, 8, (16, 1, 4, 4), CPU)
     assert all(torch.equal(x, y) for x, y in zip(a, b)) and not torch.equal(a[2], c[2])
     t, flips, eps = train.draw(0, 0, (60_000, 1, 1, 1), CPU)
     assert t.min() == 0 and t.max() == 999
     assert torch.bincount(t * 10 // 1000).float().std() < 4 * math.sqrt(60_000 * 0.09)
     assert abs(flips.float().mean() - 0.5) < 0.01 and abs(eps.var() - 1) < 0.03
-    train.draw(3, 7, (2,), CPU, rank=0)
-    one = torch.rand(3)
-    train.draw(3, 7, (2,), CPU, rank=1)  # dropout differs between processes
-    assert not torch.equal(one, torch.rand(3))
 
 
 def test_sums_are_means_by_tenth_of_t():
@@ -111,6 +110,9 @@ def test_dier_loss_is_eq_4_6():
 def test_a_run_learns_and_leaves_what_the_docstring_says(folder, capsys):
     run("--data", folder, "--epochs", "48", "--batch-size", "16", "--lr", "3e-3")
     out = capsys.readouterr().out.splitlines()
+    shown = [re.match(r"step (\d+) of 120, epoch \S+, loss \d\.\d+, \S+ images/s", x) for x in out]
+    shown = [match for match in shown if match]
+    assert (shown[0][1], shown[-1][1]) == ("1", "120") and shown[-1].string.endswith(", 0:00 left")
     assert out[-1].startswith("120 steps, 1,920 images seen, ")
     assert out[-1].endswith("next: python probe.py")
     log = rows("set")
@@ -118,7 +120,12 @@ def test_a_run_learns_and_leaves_what_the_docstring_says(folder, capsys):
     assert log[0]["loss"] == pytest.approx(1.0, abs=0.12)  # 1,024 draws of eps^2
     assert log[-1]["loss"] < 0.7
     assert [(r["epoch"], r["images"]) for r in log[-2:]] == [(40, 1600), (48, 1920)]
-    line = json.loads((train.RUNS / "set/log.jsonl").read_text().splitlines()[0])
+    lines = [json.loads(line) for line in (train.RUNS / "set/log.jsonl").read_text().splitlines()]
+    images = np.diff([0, *(line["images"] for line in lines)])
+    spent = sum(n / line["images_per_s"] for n, line in zip(images, lines))
+    assert 0 < spent == pytest.approx(lines[-1]["seconds"], rel=0.02)
+    assert checkpoint("set")["seconds"] == lines[-1]["seconds"]
+    line = lines[0]
     keys = {"step", "epoch", "images", "seconds", "loss", "loss_by_t", "grad_norm", "skipped"}
     assert set(line) == {*keys, "images_per_s"} and len(line["loss_by_t"]) == 10
     config = json.loads((train.RUNS / "set/config.json").read_text())
@@ -325,6 +332,22 @@ def test_resume_finds_data_that_moved_and_refuses_data_that_changed(folder, tmp_
 # ---------------------------------------------------------------------------- what goes wrong
 
 
+def test_the_line_of_what_is_not_finite_names_the_steps_since_the_last_row(
+    folder, monkeypatch, capsys
+):
+    run("--data", folder, "--epochs", "1", "--batch-size", "16", "--name", "other")
+    real, calls = train.eps_loss, []
+
+    def loss(*args):
+        calls.append(None)
+        return real(*args) * (math.nan if len(calls) == 24 else 1)
+
+    monkeypatch.setattr(train, "eps_loss", loss)
+    monkeypatch.setattr(train, "SAVE_SECONDS", math.inf)  # where it would be seen earlier
+    error = fails(capsys, run, "--data", folder, "--epochs", "20", "--batch-size", "16")
+    assert "the loss is not finite (steps 21 to 40, t in " in error
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
     folder, what, monkeypatch, capsys
@@ -371,7 +394,7 @@ def test_bad_input_is_one_line_and_status_2(folder, tmp_path, capsys):
         (["--batch-size", "2.5"], "2.5 is not a whole number above 0"),
         (
             ["--batch-size", "9", "--accum", "2"],
-            "--batch-size 9 is not a multiple of 1 process(es)",
+            "--batch-size 9 is not a multiple of 1 process(es) x --accum 2: give 10",
         ),
         (["--ema", "1"], "1 is not in [0, 1)"),
         (["--nothing"], "unrecognized arguments: --nothing"),
@@ -384,6 +407,13 @@ def test_bad_input_is_one_line_and_status_2(folder, tmp_path, capsys):
     assert files == {p: p.read_bytes() for p in train.RUNS.rglob("*") if p.is_file()}
 
 
+class Bomb:
+    """Unpickled, it makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("bomb",)
+
+
 def foreign(path, kind):
     """Checkpoints that are none of ours."""
     saved = torch.load(path, weights_only=True)
@@ -392,7 +422,7 @@ def foreign(path, kind):
     elif kind == "cut":
         path.write_bytes(path.read_bytes()[:1000])
     elif kind == "pickle":
-        torch.save({"object": Image.new("L", (2, 2))}, path)
+        torch.save({"object": Bomb()}, path)
     elif kind == "state_dict":
         torch.save(saved["raw"], path)
     elif kind == "list":
@@ -410,7 +440,7 @@ def test_a_foreign_or_damaged_checkpoint_is_one_line(folder, kind, capsys):
     for command in (resume, lambda name, *_: probe.main(["--name", name])):
         error = fails(capsys, command, "set", "--epochs", "9")
         assert ("does not fit its own settings" if kind == "other sizes" else "set/check") in error
-        assert "train a" in error
+        assert "train a" in error and not Path("bomb").exists()
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_to_be_deleted(folder, monkeypatch, capsys):
