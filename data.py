@@ -5,8 +5,7 @@
     cifar10        cifar-10-batches-bin/{data_batch_1..5,test_batch}.bin              downloaded
     cifar100       cifar-100-binary/{train,test}.bin                                  downloaded
     tiny-imagenet  tiny-imagenet-200/{train/CLASS/images,val/images}/*.JPEG           downloaded
-    bccd           .../images/{TRAIN,TEST}/CLASS/_K_NNNN.jpeg (K: the source picture), else
-                   .../JPEGImages/BloodImage_NNNNN.jpg with labels.csv, split 80/20   by hand
+    bccd           .../images/{TRAIN,TEST}/CLASS/_K_NNNN.jpeg (K: the source picture) by hand
     oct2017        OCT2017/{train,test}/CLASS/CLASS-patient-n.jpeg                    by hand
     path/to/folder train/CLASS/* and test/CLASS/* (or val); or CLASS/*, split 80/20; or images
                    without classes: all of them train, and a fifth is the test set as well
@@ -18,7 +17,6 @@ A set lies in data/NAME/. `open_set` lists what is there, and unpacks or downloa
 Shapes: N images, B batch, C channels, H W pixels, S = H = W.
 """
 
-import csv
 import errno
 import hashlib
 import http.client
@@ -103,9 +101,8 @@ PATTERNS = {  # where the images of a set lie; root is whatever the archive's ma
     "oct2017": r"(?P<root>(?!.*chest_xray/).*/)?"  # chest_xray: beside OCT in ZhangLabData
     r"(?P<split>train|test)/(?P<label>[A-Z]+)/[A-Z]+-(?P<group>\d+)-\d+\.\w+",
 }
-BCCD_ORIGINALS = r"(?P<root>.*/)?JPEGImages/BloodImage_(?P<number>\d+)\.\w+"
-BCCD_CLASSES = ("EOSINOPHIL", "LYMPHOCYTE", "MONOCYTE", "NEUTROPHIL")  # Sec. 5.1; not BASOPHIL
-TRAIN, HELD = ("train", "training"), ("test", "testing", "val", "valid", "validation")
+TRAIN = ("train", "training")  # names of a split's folder
+TEST = ("test", "testing", "val", "valid", "validation")
 NO_PICTURES = ("EPS", "WMF", "HDF5", "GRIB", "BUFR", "MPEG")  # opened by Pillow, but not decoded
 SUFFIXES = frozenset(  # .png, .jpg, .jfif, .webp, ...; .mpo is opened by the reader of .jpg
     suffix
@@ -119,8 +116,8 @@ class Split:
     """The training or the test images of a set."""
 
     images: Any  # uint8 (N, C, S, S), maybe a read-only np.memmap; before `decode` also paths
-    labels: np.ndarray | None  # int64 (N,); None: unlabelled
-    groups: np.ndarray | None  # int64 (N,), equal for images of one source picture or patient
+    labels: np.ndarray | None  # (N,), int64 after `load`; None: unlabelled
+    groups: np.ndarray | None  # likewise, equal for images of one source picture or patient
     class_names: list[str]
 
 
@@ -136,7 +133,8 @@ def damage(path: Path, reason: object) -> str:
 
 # ---------------------------------------------------------------------------- download and unpack
 
-TIMEOUT, TRIES = 8.0, 3  # seconds a server may be silent
+TIMEOUT = 8.0  # seconds a server may be silent
+TRIES = 3  # over all mirrors of a file
 # what a disk or a path answers: a fault of no server and no archive
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 DISK += (errno.EIO, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -168,7 +166,8 @@ def download_file(name: str, path: Path, md5: str) -> None:
     for attempt in range(TRIES):
         url = MIRRORS[name][attempt % len(MIRRORS[name])] + path.name
         try:
-            return replace_file(path, partial(fetch, url, md5), private_name(path))
+            replace_file(path, partial(fetch, url, md5), private_name(path))
+            return
         except (OSError, ValueError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) in DISK:
                 raise
@@ -238,7 +237,7 @@ def list_files(folder: Path, parents: tuple[Path, ...] = ()) -> Iterator[str]:
     """The paths of all files below a folder, relative to it, with slashes; hidden ones are left
     out. Links are followed, but one back to a parent folder ends the walk there."""
     here = folder.resolve()
-    if here in parents:
+    if here in parents or not folder.is_dir():
         return
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith(".") or entry.name == "__MACOSX":
@@ -293,7 +292,7 @@ def draw_glyphs(split: str) -> Split:
 def read_bytes(folders: list[Path], *names: str) -> tuple[Path, bytes] | None:
     """(path, content) of the first file with one of these names in any of the folders, that of a
     .gz decompressed."""
-    for folder in (folder for folder in folders if folder.is_dir()):
+    for folder in folders:
         for file in list_files(folder):
             if file.rsplit("/", 1)[-1] in names:
                 path = folder / file
@@ -394,7 +393,7 @@ def split_80_20(pictures: list[Picture]) -> list[Picture]:
 def list_own(files: list[str], left_out: LeftOut) -> list[Picture]:
     """The pictures of a user's folder; adds what is not used to left_out, by reason."""
     has_train = any(file.split("/")[0].lower() in TRAIN for file in files if "/" in file)
-    splits: dict[str, list[Picture]] = {split: [] for split in ("train", *HELD)}
+    splits: dict[str, list[Picture]] = {split: [] for split in ("train", *TEST)}
     for file in files:
         *folders, _ = file.split("/")
         split = "train"
@@ -416,11 +415,11 @@ def list_own(files: list[str], left_out: LeftOut) -> list[Picture]:
             splits[split] = [p for p in pictures if p.label]
         else:
             splits[split] = [p._replace(label=None) for p in pictures]
-    held = [split for split in HELD if splits[split]]
-    for split in held[1:]:
+    tests = [split for split in TEST if splits[split]]
+    for split in tests[1:]:
         left_out[f"in {split}, a third split"] += [p.file for p in splits[split]]
-    if held:
-        pictures = splits["train"] + [p._replace(split="test") for p in splits[held[0]]]
+    if tests:
+        pictures = splits["train"] + [p._replace(split="test") for p in splits[tests[0]]]
     else:
         pictures = split_80_20(splits["train"])
     return sorted(pictures, key=lambda p: (p.label or "", p.file))
@@ -444,12 +443,9 @@ def list_named(name: str, folder: Path, files: list[str], left_out: LeftOut) -> 
         pictures.append(Picture(m.string, split, m["label"], m.groupdict().get("group")))
     if name == "tiny-imagenet":
         pictures = label_val_images(folder / root / "val/val_annotations.txt", pictures)
-    if name == "bccd" and not matches:
-        root, originals = match(BCCD_ORIGINALS, files)
-        pictures = label_bccd_originals(folder / root / "labels.csv", originals)
     used, splits = {p.file for p in pictures}, {m["split"].lower() for m in matches}
     for file in (file for file in files if file not in used):
-        third = [part for part in file.lower().split("/") if part in HELD and part not in splits]
+        third = [part for part in file.lower().split("/") if part in TEST and part not in splits]
         left_out[f"in {third[0]}, a third split" if third else "not of the set"].append(file)
     order = {wnid: k for k, wnid in enumerate(read_lines(folder / root / "wnids.txt"))}
     return sorted(pictures, key=lambda p: (order.get(p.label, 0), p.label or "", p.file))
@@ -469,17 +465,6 @@ def label_val_images(notes: Path, pictures: list[Picture]) -> list[Picture]:
     return [p for p in labelled if p.label in known]
 
 
-def label_bccd_originals(table: Path, matches: list[re.Match]) -> list[Picture]:
-    """BCCD's originals: rows of labels.csv with a picture and exactly one of the four classes."""
-    try:
-        rows = [row for row in csv.DictReader(read_lines(table)) if row["Category"]]
-        labels = {int(row["Image"]): row["Category"].strip() for row in rows}
-    except (KeyError, ValueError, TypeError, csv.Error) as error:
-        fail(damage(table, f"Image, Category expected: {error}"))
-    pictures = [Picture(m.string, "train", labels.get(int(m["number"]))) for m in matches]
-    return split_80_20([p for p in pictures if p.label in BCCD_CLASSES])
-
-
 def describe_left_out(left_out: LeftOut) -> str:
     """ "; left out: 3 too deep (a/b/c/1.png)": how many files, with the first as example."""
     parts = [f"{len(files):,} {why} ({files[0]})" for why, files in left_out.items() if files]
@@ -495,7 +480,7 @@ def read_folder(name: str, folder: Path) -> Found | None:
     split has none, and where test has a class that train lacks.
     """
     left_out = defaultdict(list)
-    files = list(list_files(folder)) if folder.is_dir() else []
+    files = list(list_files(folder))
     if name in SETS:
         pictures = list_named(name, folder, files, left_out)
         if not pictures:
@@ -550,7 +535,9 @@ def open_set(name: str, data_dir: Path) -> Found:
         if found is None:
             step(folder)
             found = read_set(name, folder)
-    return found or not_there(name, folder)
+    if found is None:
+        not_there(name, folder)
+    return found
 
 
 # ---------------------------------------------------------------------------- decode
@@ -601,7 +588,8 @@ def fit(image: Image.Image, size: int, channels: int) -> np.ndarray:
 def decode(items: list, size: int, channels: int, what: str) -> Iterator[np.ndarray]:
     """Yield each item, a path or uint8 (C, h, w), as uint8 (C, S, S), in order; then say what was
     odd. Raises Unreadable."""
-    deep, pages = [], 0
+    deep: list[int] = []  # the brightest pixels of the first hundred 16-bit images
+    pages = 0
 
     def one(item: Path | np.ndarray) -> tuple[np.ndarray, int | None, bool]:
         if isinstance(item, Path):
@@ -614,8 +602,8 @@ def decode(items: list, size: int, channels: int, what: str) -> Iterator[np.ndar
     with ThreadPoolExecutor() as pool:
         run = pool.map if isinstance(items[0], Path) else map  # threads pay for real decoding
         results = (result for block in blocks for result in run(one, block))
-        for result in progress(results, f"decoding {what}", len(items), "images"):
-            pixels, brightest, several = result
+        shown = progress(results, f"decoding {what}", len(items), "images")
+        for pixels, brightest, several in shown:
             yield pixels
             pages += several
             if brightest is not None and len(deep) < 100:
@@ -686,17 +674,19 @@ def load(
     where the set is not there or damaged.
     """
     *splits, left_out = open_set(name, Path(data_dir))
-    label = Path(name).resolve().name
+    shown = Path(name).resolve().name
     classes = len(splits[0].class_names)
     counts = " + ".join(f"{len(split.images):,}" for split in splits)
-    line = f"{label}: {counts} images (train + test), {classes or 'no'} classes"
+    line = f"{shown}: {counts} images (train + test), {classes or 'no'} classes"
     print(line + describe_left_out(left_out), flush=True)
+    chosen = [sample(split.labels, len(split.images), limit, seed) for split in splits]
+    if limit:
+        print(f"--limit {limit}: {len(chosen[0]):,} + {len(chosen[1]):,} of them are used")
     if 0 < limit < classes:
         print(f"--limit {limit} is below the {classes} classes: some have no image")
-    chosen = [sample(split.labels, len(split.images), limit, seed) for split in splits]
     items = [split.images[k] for split, index in zip(splits, chosen) for k in index]
     try:
-        images = decode_once(items, size, channels, label, Path(data_dir, "cache"))
+        images = decode_once(items, size, channels, shown, Path(data_dir, "cache"))
     except Unreadable as error:
         fail(str(error))
     parts = images[: len(chosen[0])], images[len(chosen[0]) :]
@@ -718,7 +708,8 @@ def set_facts(name: str) -> Facts:
     for path in paths[:: math.ceil(len(paths) / 100)]:
         with suppress(Exception), Image.open(path) as image:  # `load` names the damaged ones
             sides.append(min(image.size))
-    row = next((row for row in (32, 64) if sides and np.median(sides) <= row), 256)
+    side = np.median(sides) if sides else math.inf
+    row = 32 if side <= 32 else 64 if side <= 64 else 256
     return Facts(3, row, True)
 
 
@@ -825,18 +816,20 @@ def progress(
     """
     start, shown = time.monotonic(), 0.0
     terminal = sys.stdout.isatty()
-    for k, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - start > 2 and now - shown > (0.5 if terminal else 10):
-            amount = k if done is None else done()
-            rate = max(amount, 1e-9) / (now - start)
-            speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
-            left = f"{speed} {unit}/s, {clock((total - amount) / rate)} left"
-            status(f"{what}: {amount:,.0f} of {total:,.0f} {unit}, {left}")
-            shown = now
-    if shown and terminal:
-        print()
+    try:
+        for k, item in enumerate(items, 1):
+            yield item
+            now = time.monotonic()
+            if now - start > 2 and now - shown > (0.5 if terminal else 10):
+                amount = k if done is None else done()
+                rate = max(amount, 1e-9) / (now - start)
+                speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+                left = f"{speed} {unit}/s, {clock((total - amount) / rate)} left"
+                status(f"{what}: {amount:,.0f} of {total:,.0f} {unit}, {left}")
+                shown = now
+    finally:  # an error's line must not be glued to this one
+        if shown and terminal:
+            print()
 
 
 def remove(path: Path) -> None:

@@ -1,5 +1,6 @@
 """train.py: the step, the loop, resume bit for bit, errors of one line."""
 
+import contextlib
 import json
 import math
 import os
@@ -605,6 +606,24 @@ def test_both_scripts_as_a_user_runs_them(folder, tmp_path, monkeypatch):
     done = script("probe.py", "--t", "400", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "t = 400 (given)" in done.stdout and "floors: pixels 100.00" in done.stdout
+
+
+@pytest.mark.parametrize("rate, last", [("1e-3", "2 steps, 32 images"), ("1e9", "error: the ")])
+def test_on_a_terminal_the_last_line_stands_alone(folder, tmp_path, rate, last):
+    """The progress line is rewritten in place, so it has no end of its own."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--data", folder, "--lr", rate]
+    command += ["--batch-size", "16", "--epochs", "0.8" if last[0] == "2" else "40"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    out = b""
+    with contextlib.suppress(OSError):  # EIO: the other side is closed
+        while block := os.read(ours, 4096):
+            out += block
+    assert child.wait() == (0 if last[0] == "2" else 2)
+    *_, row, end = out.decode().splitlines()
+    assert "step " in row.split("\033[K")[-1] and end.startswith(last), out
 
 
 @pytest.mark.slow
