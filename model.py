@@ -54,7 +54,7 @@ class ModelConfig:
             raise ValueError(
                 f"size {size} cannot be halved {halvings} times: give --size {fits} or fewer --mult"
             )
-        if self.hidden % (4 * self.heads):
+        if self.hidden % (4 * self.heads):  # by 4: sine and cosine of a token's row and column
             fits = max(1, self.hidden // (4 * self.heads)) * 4 * self.heads
             raise ValueError(
                 f"hidden {self.hidden} is not a multiple of 4 x heads {self.heads}: "
@@ -62,6 +62,7 @@ class ModelConfig:
             )
         for width in (self.base * m for m in self.mult):
             groups = max(1, min(32, width // 4))
+            # base is even: half of it are sines of t, half cosines
             if self.base % 2 or width % groups or width % self.enc_heads:
                 raise ValueError(
                     f"encoder width {width} (base {self.base} x mult) does not divide into "

@@ -2,7 +2,7 @@
 
     python probe.py                     the newest run at t = 0, 100, ..., 900, 999
     python probe.py --t 400             one t; --t 100,400 two
-    python probe.py --t auto            find one t of all 1000, on training images, then probe it
+    python probe.py --t auto            find a t by up to 15 trials on training images, probe it
     python probe.py --name mnist --data glyphs      the features of another set (transfer)
     python probe.py --norm none         the paper's stated protocol: features as they are
 
@@ -75,7 +75,7 @@ def encode(
     encoder: nn.Module, images: np.ndarray, t: int, device: torch.device, what: str
 ) -> Tensor:
     """v_t of uint8 images (N, C, H, W) -> (N, V) in half precision, on the device; `what` names
-    them in the progress line. The encoder is in eval mode: no dropout, and nothing of it changes.
+    them in the progress line. The encoder is moved there and put into eval mode: no dropout.
     """
     encoder = encoder.to(device).eval()
     amp = pick_amp("auto", device)
@@ -143,9 +143,9 @@ def train_heads(
 ) -> nn.Linear:
     """All heads of one t as one linear layer (V -> H * K), H = 1 + folds; x (N, V), y, folds (N,).
 
-    Head 0 learns from every image, head f + 1 from those outside fold f: for the others its target
-    is cross_entropy's ignore_index, -100. The loss is the sum over heads of the mean over images,
-    so each learns as if alone. The weights are those after the last epoch: nothing is selected.
+    Head 0 learns from every image, head f + 1 from all but those of fold f: there its target is
+    cross_entropy's ignore_index, -100. The loss is the sum over heads of the mean over images, so
+    each learns as if alone. The weights are those after the last epoch: nothing is selected.
     """
     n, width = x.shape
     heads = 2 + int(folds.max())
@@ -156,9 +156,9 @@ def train_heads(
         layer.bias.zero_()
     optimizer = torch.optim.AdamW(layer.parameters(), peak, weight_decay=WEIGHT_DECAY, fused=True)
 
-    unseen = folds[:, None] == torch.arange(-1, heads - 1, device=x.device)  # (N, H)
-    unseen[:, 0] = False  # head 0 sees images of no fold, -1, as well
-    targets = torch.where(unseen, -100, y[:, None])  # (N, H)
+    targets = y[:, None].repeat(1, heads)  # (N, H)
+    for fold in range(heads - 1):
+        targets[folds == fold, fold + 1] = -100
     batch = min(BATCH, n)
     steps = n // batch  # an epoch; the rest of a permutation is dropped, so every batch is full
     total, warmup = epochs * steps, min(WARMUP, epochs) * steps
@@ -246,8 +246,8 @@ def search(
     encoder: nn.Module, split: Split, device: torch.device, classes: int
 ) -> list[dict[str, Any]]:
     """Find the t whose v_t says most about the class, on a twelfth of the training images, 800 to
-    3,000 if there are so many: every 125th t, then both neighbours of the best so far, ever closer,
-    down to 15. Prints and returns a row for each t, {t, images, accuracy, explained, seconds}.
+    3,000 if there are so many: every 125th t and the last, then both neighbours of the best so far,
+    ever closer, down to 15. Prints and returns rows {t, images, accuracy, explained, seconds}.
 
     Each t is scored by a ridge classifier, cross-validated on the same images in the same folds:
     `explained` is the share of the labels' variance that it tells of images that it did not see.

@@ -97,7 +97,7 @@ def train(
     saved: dict[str, Any] | None = None,
 ) -> tuple[int, float, int]:
     """Train net on uint8 images (N, C, S, S), from a checkpoint if there is one, until the epochs
-    or minutes of the settings are over or a signal comes: then the step is finished and saved.
+    or minutes are over or a signal comes: it ends after the step (many processes: at a row), saved.
     loss_fn(net, x0, t, eps, abar) -> (B,). Returns (step reached, seconds, the signal or 0)."""
     # What stays: settings, images and schedule on the device.
     seed, batch, accum, amp = (settings[key] for key in ("seed", "batch_size", "accum", "amp"))
