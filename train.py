@@ -27,6 +27,7 @@ Shapes: B batch, C channels, H W pixels.
 import argparse
 import copy
 import ctypes
+import errno
 import json
 import math
 import os
@@ -303,8 +304,10 @@ def save(folder: Path, parts: dict[str, Any], counters: dict[str, Any]) -> None:
     state = {name: part.state_dict() for name, part in parts.items()} | counters
 
     def write(path: Path) -> None:
-        with path.open("wb") as file:  # torch's own writer does not say that a disk is full
-            torch.save(state, file)
+        try:
+            torch.save(state, path)
+        except RuntimeError:  # torch's own writer says nothing that helps
+            raise OSError(errno.ENOSPC, "cannot be written: is the disk full?", str(path)) from None
 
     replace_file(folder / "checkpoint.pt", write)
 
@@ -411,8 +414,8 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 def read_dier(folder: Path) -> dict[str, Any]:
     """The checkpoint of a run; exits where it is not DiER's but a baseline's."""
     saved = read_checkpoint(folder)
-    if saved["settings"]["method"] != "dier":
-        fail(f"{folder} is a run of {saved['settings']['method']}: see appendix.baselines")
+    if saved["settings"].get("method") != "dier":
+        fail(f"{folder} is a run of {saved['settings'].get('method')}: see appendix.baselines")
     return saved
 
 
