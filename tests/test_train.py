@@ -478,6 +478,18 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(folder, tmp_path)
     assert not [p for p in (train.RUNS / "set").iterdir() if p.name.startswith(".")]
 
 
+def test_a_large_checkpoint_on_a_full_disk_is_an_error_of_the_disk(tmp_path):
+    """torch's writer raises an error of its own over that of the system."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import resource, torch, train\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
+    code += "save = lambda: train.save(train.Path('run'), {}, {'x': torch.zeros(10**7)})\n"
+    code += "train.guard(save)\n"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "is the disk full?" in done.stderr and not list((tmp_path / "run").iterdir())
+
+
 def test_a_closed_pipe_ends_quietly(folder, tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "train.py"), *TINY, "--data", folder, "--epochs", "40"]
