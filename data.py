@@ -306,7 +306,8 @@ def read_bytes(folders: list[Path], *names: str) -> tuple[Path, bytes] | None:
 
 def read_mnist(folders: list[Path], split: str) -> Split | None:
     """Two idx files: 0, 0, 8, d, then d big-endian sizes of 4 bytes, then the bytes."""
-    prefix, arrays = "train" if split == "train" else "t10k", []
+    prefix = "train" if split == "train" else "t10k"
+    arrays = []
     for name, d in ((f"{prefix}-images-idx3-ubyte", 3), (f"{prefix}-labels-idx1-ubyte", 1)):
         found = read_bytes(folders, name, f"{name}.gz")
         if found is None:
@@ -443,7 +444,8 @@ def list_named(name: str, folder: Path, files: list[str], left_out: LeftOut) -> 
         pictures.append(Picture(m.string, split, m["label"], m.groupdict().get("group")))
     if name == "tiny-imagenet":
         pictures = label_val_images(folder / root / "val/val_annotations.txt", pictures)
-    used, splits = {p.file for p in pictures}, {m["split"].lower() for m in matches}
+    used = {p.file for p in pictures}
+    splits = {m["split"].lower() for m in matches}
     for file in (file for file in files if file not in used):
         third = [part for part in file.lower().split("/") if part in TEST and part not in splits]
         left_out[f"in {third[0]}, a third split" if third else "not of the set"].append(file)
@@ -674,19 +676,20 @@ def load(
     where the set is not there or damaged.
     """
     *splits, left_out = open_set(name, Path(data_dir))
-    shown = Path(name).resolve().name
+    title = Path(name).resolve().name
     classes = len(splits[0].class_names)
     counts = " + ".join(f"{len(split.images):,}" for split in splits)
-    line = f"{shown}: {counts} images (train + test), {classes or 'no'} classes"
+    line = f"{title}: {counts} images (train + test), {classes or 'no'} classes"
     print(line + describe_left_out(left_out), flush=True)
     chosen = [sample(split.labels, len(split.images), limit, seed) for split in splits]
-    if limit:
-        print(f"--limit {limit}: {len(chosen[0]):,} + {len(chosen[1]):,} of them are used")
+    used = [len(index) for index in chosen]
+    if sum(used) < sum(len(split.images) for split in splits):
+        print(f"a sample of {used[0]:,} + {used[1]:,} of them is used")
     if 0 < limit < classes:
         print(f"--limit {limit} is below the {classes} classes: some have no image")
     items = [split.images[k] for split, index in zip(splits, chosen) for k in index]
     try:
-        images = decode_once(items, size, channels, shown, Path(data_dir, "cache"))
+        images = decode_once(items, size, channels, title, Path(data_dir, "cache"))
     except Unreadable as error:
         fail(str(error))
     parts = images[: len(chosen[0])], images[len(chosen[0]) :]
@@ -709,8 +712,8 @@ def set_facts(name: str) -> Facts:
         with suppress(Exception), Image.open(path) as image:  # `load` names the damaged ones
             sides.append(min(image.size))
     side = np.median(sides) if sides else math.inf
-    row = 32 if side <= 32 else 64 if side <= 64 else 256
-    return Facts(3, row, True)
+    row = next(row for row in (32, 64, math.inf) if side <= row)
+    return Facts(3, min(row, 256), True)
 
 
 # ---------------------------------------------------------------------------- batches
@@ -801,10 +804,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def status(text: str) -> None:
-    """Show a progress line: rewritten in place on a terminal, a new line in a file."""
-    terminal = sys.stdout.isatty()
-    print(f"\r\033[K{text}" if terminal else text, end="" if terminal else "\n", flush=True)
+def status(text: str, again: bool) -> None:
+    """Print a progress line; on a terminal `again` writes it over the line above. The cursor is
+    always at a line of its own, so whatever ends the program is not glued to it."""
+    over = "\033[A\033[K" if again and sys.stdout.isatty() else ""
+    print(f"{over}{text}", flush=True)
 
 
 def progress(
@@ -815,21 +819,17 @@ def progress(
     `done` tells how much is done where that is not the number of items.
     """
     start, shown = time.monotonic(), 0.0
-    terminal = sys.stdout.isatty()
-    try:
-        for k, item in enumerate(items, 1):
-            yield item
-            now = time.monotonic()
-            if now - start > 2 and now - shown > (0.5 if terminal else 10):
-                amount = k if done is None else done()
-                rate = max(amount, 1e-9) / (now - start)
-                speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
-                left = f"{speed} {unit}/s, {clock((total - amount) / rate)} left"
-                status(f"{what}: {amount:,.0f} of {total:,.0f} {unit}, {left}")
-                shown = now
-    finally:  # an error's line must not be glued to this one
-        if shown and terminal:
-            print()
+    pause = 0.5 if sys.stdout.isatty() else 10
+    for k, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - start > 2 and now - shown > pause:
+            amount = k if done is None else done()
+            rate = max(amount, 1e-9) / (now - start)
+            speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+            left = f"{speed} {unit}/s, {clock((total - amount) / rate)} left"
+            status(f"{what}: {amount:,.0f} of {total:,.0f} {unit}, {left}", again=shown > 0)
+            shown = now
 
 
 def remove(path: Path) -> None:

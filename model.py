@@ -54,7 +54,7 @@ class ModelConfig:
             raise ValueError(
                 f"size {size} cannot be halved {halvings} times: give --size {fits} or fewer --mult"
             )
-        if self.hidden % (4 * self.heads):  # by 4: sine and cosine of a token's row and column
+        if self.hidden % (4 * self.heads):  # enough for heads and for 2-D positions
             fits = max(1, self.hidden // (4 * self.heads)) * 4 * self.heads
             raise ValueError(
                 f"hidden {self.hidden} is not a multiple of 4 x heads {self.heads}: "
@@ -62,7 +62,7 @@ class ModelConfig:
             )
         for width in (self.base * m for m in self.mult):
             groups = max(1, min(32, width // 4))
-            # base is even: half of it are sines of t, half cosines
+            # base is even: half of it is sines of t, half cosines
             if self.base % 2 or width % groups or width % self.enc_heads:
                 raise ValueError(
                     f"encoder width {width} (base {self.base} x mult) does not divide into "
@@ -364,7 +364,7 @@ class DiER(nn.Module):
 #
 # A row has the sizes of both networks and the recipe that goes with them; each column is a flag of
 # train.py. `paper` is Table 4: 32 pixels for mnist, cifar10, cifar100; 64 for tiny-imagenet; 256
-# for bccd, oct2017. `cpu` is the same architecture at a size that a laptop trains within an hour:
+# for bccd, oct2017. `cpu` is the same architecture at a size that a laptop trains in an hour or so:
 # few pixels, large patches, small batches, since steps count more than images in a short run. Two
 # bounds hold for every row. The last width of the encoder, base x mult, bounds the rank of v. And
 # a token must hold the noise of its patch: of patch^2 x channels numbers the share beyond `hidden`

@@ -59,6 +59,7 @@ from model import PRESETS, DiER, ModelConfig, table_row
 RUNS = Path("runs")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAVE_SECONDS = 60.0  # between two checkpoints; many processes save at the next row
+PREVIEW_SECONDS = 150.0  # between two previews, which on a CPU can cost as much as steps do
 PREVIEW_TIMES = (100, 300, 500, 700, 900)
 ROW_STEPS = 20  # a row of the log for each of the first 20 steps, then for every 20th
 # What training sums up on the device: at 0-9 the loss and at 10-19 the number of images by tenth of
@@ -106,7 +107,6 @@ def train(
     device = pick_device(settings["device"])
     images = on_device(images, device)
     abar = alphas_cumprod().float().to(device)
-    shape = (batch, *images.shape[1:])
     mine = slice(rank, batch, processes)  # this process's images of a batch
     last = math.ceil(settings["epochs"] * len(images) / batch)
     # What changes, new or as saved: networks, optimizer, counters.
@@ -122,13 +122,13 @@ def train(
     signals = catch_signals(finish_step=True)
     start = row_time = time.monotonic()
     deadline = start + (60 * settings["minutes"] or math.inf)
-    saved_at = shown_at = -math.inf
+    saved_at = shown_at = drawn_at = -math.inf
     stop = False
     while step < last and not stop:
         # t, flips and eps follow from (seed, step) for the whole batch, dropout from rank as well:
         # one process and eight see the same data, and a resumed run what it would have seen.
         torch.manual_seed(mix_seed(seed, step, rank))  # dropout draws from the default generators
-        t, flips, eps = (x[mine] for x in draw(seed, step, shape, device))
+        t, flips, eps = (x[mine] for x in draw(seed, step, (batch, *images.shape[1:]), device))
         index = batch_index(len(images), step, batch, seed, images.device)[mine]
         x0 = get_batch(images, index, device, flips if settings["flip"] else None)
 
@@ -174,7 +174,7 @@ def train(
             row_step, row_time = step, now
             sums.zero_()
             if sys.stdout.isatty() or now - shown_at > 10 or stop or step == last:
-                show_row(row, last, first, now - start, deadline - now)
+                show_row(row, last, first, now - start, deadline - now, again=shown_at > 0)
                 shown_at = now
 
         # Save at the first row, every minute and at the end.
@@ -184,8 +184,9 @@ def train(
             counters = {"step": step, "row_step": row_step, "log_size": log.tell()}
             counters |= {"seconds": earlier + now - start, "sums": sums.cpu(), "settings": settings}
             save(folder, parts, counters)
-            if loss_fn is dier_loss:
+            if loss_fn is dier_loss and (ends or now - drawn_at > PREVIEW_SECONDS):
                 preview(ema, images, settings, abar, folder / "preview.png")
+                drawn_at = now
             saved_at = time.monotonic()  # a save can take long
     end_loop(log)
     return step, time.monotonic() - start, signals[0] if signals else 0
@@ -239,14 +240,14 @@ def add_sums(sums: Tensor, loss: Tensor, t: Tensor, norm: Tensor) -> None:
     sums[SKIPPED] += ~finite
 
 
-def means(sums: list[float]) -> dict[str, Any]:
-    """The sums as means, None where nothing was drawn."""
-    loss, images = sums[:10], sums[10:20]
+def means(values: list[float]) -> dict[str, Any]:
+    """The sums, read, as means; None where nothing was drawn."""
+    loss, images = values[:10], values[10:20]
     return {
         "loss": sum(loss) / max(1, sum(images)),
         "loss_by_t": [s / n if n else None for s, n in zip(loss, images)],
-        "grad_norm": sums[NORM] / max(1, sums[FINITE]),
-        "skipped": int(sums[SKIPPED]),
+        "grad_norm": values[NORM] / max(1, values[FINITE]),
+        "skipped": int(values[SKIPPED]),
     }
 
 
@@ -255,20 +256,18 @@ class NotFinite(SystemExit):
 
 
 def read_finite(
-    sums: Tensor, settings: dict[str, Any], first: int, step: int, folder: Path
+    sums: Tensor, settings: dict[str, Any], since: int, step: int, folder: Path
 ) -> list[float]:
     """The sums as numbers; waits for the device. Ends the run where a loss or a gradient norm since
-    step `first` was not finite; the last good checkpoint stays. Steps that fp16's scaler skips are
+    step `since` was not finite; the last good checkpoint stays. Steps that fp16's scaler skips are
     no error."""
     values = sums.tolist()
     tenths = [k for k, loss in enumerate(values[:10]) if not math.isfinite(loss)]
     if tenths or (values[SKIPPED] and settings["amp"] != "fp16"):
-        if sys.stdout.isatty():
-            print()  # the progress line has no end of its own
         where = ", ".join(f"{100 * k}-{100 * k + 99}" for k in tenths) or "any"
         kept = folder / "checkpoint.pt"
         fail(
-            f"the {'loss' if tenths else 'gradient'} is not finite (steps {first} to {step}, t in "
+            f"the {'loss' if tenths else 'gradient'} is not finite (steps {since} to {step}, t in "
             f"{where}, lr {settings['lr']:g}, amp {settings['amp']}): try a smaller --lr, or "
             f"--amp off{f'; {kept} is the last good one' if kept.exists() else ''}",
             NotFinite,
@@ -287,16 +286,16 @@ def open_log(folder: Path, size: int, rank: int) -> Any:
     return path.open("ab" if size else "wb", buffering=0)
 
 
-def show_row(row: dict[str, Any], last: int, first: int, spent: float, limit: float) -> None:
+def show_row(
+    row: dict[str, Any], last: int, first: int, spent: float, remaining: float, again: bool
+) -> None:
     """The progress line of a row of the log. The time left is known from the twentieth step on of a
-    call that began at step `first`, `spent` seconds ago; it may last `limit` seconds more."""
+    call that began at step `first`, `spent` seconds ago; it may last `remaining` seconds more."""
     done = row["step"] - first
-    left = min((last - row["step"]) * spent / done, limit)
+    left = min((last - row["step"]) * spent / done, remaining)
     more = f", {clock(left)} left" if done >= 20 else ""
-    status(
-        f"step {row['step']:,} of {last:,}, epoch {row['epoch']:.2f}, loss {row['loss']:.4f}, "
-        f"{row['images_per_s']:,.0f} images/s{more}"
-    )
+    text = f"step {row['step']:,} of {last:,}, epoch {row['epoch']:.2f}, loss {row['loss']:.4f}, "
+    status(f"{text}{row['images_per_s']:,.0f} images/s{more}", again)
 
 
 def save(folder: Path, parts: dict[str, Any], counters: dict[str, Any]) -> None:
@@ -351,10 +350,8 @@ def catch_signals(finish_step: bool = False) -> list[int]:
 
 
 def end_loop(log: Any) -> None:
-    """Close the log and the progress line; from here on a first Ctrl-C ends the program."""
+    """Close the log; from here on a first Ctrl-C ends the program."""
     log.close()
-    if sys.stdout.isatty():
-        print()
     catch_signals()
 
 
@@ -499,6 +496,7 @@ def number(kind: type, fits: Callable[[float], bool], what: str) -> Callable[[st
     """An argparse type: a number of that kind for which fits(number) holds."""
 
     def parse(text: str) -> Any:
+        """The number that the text says; raises argparse's error where it is not a fit one."""
         try:
             value = kind(text)
             if math.isfinite(value) and fits(value):
@@ -643,7 +641,8 @@ def describe(settings: dict[str, Any], counts: dict[str, int], folder: Path, aut
     small = settings["preset"] == "cpu"
     why = "no GPU: " if auto and small and not torch.cuda.is_available() else ""
     more = "; --preset paper for Table 4" if small else ""
-    total, encoder = sum(counts.values()) / 1e6, counts["encoder"] / 1e6
+    total = sum(counts.values()) / 1e6
+    encoder = counts["encoder"] / 1e6
     print(
         f"{why}preset {settings['preset']}, {total:.1f}M parameters, of which the encoder has "
         f"{encoder:.2f}M{more}"
@@ -673,7 +672,8 @@ def join_processes(device: str) -> None:
     if gpu:
         torch.cuda.set_device(local)
     # torchrun's store keeps the addresses of dead processes over a restart: a prefix hides them.
-    hour, restarts = timedelta(hours=1), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    hour = timedelta(hours=1)
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(restarts, next(dist.rendezvous("env://", timeout=hour))[0])
     where = {"store": store, "rank": rank, "world_size": size, "timeout": hour}
     dist.init_process_group("nccl" if gpu else "gloo", **where)

@@ -515,9 +515,11 @@ def test_a_limit_is_a_seeded_sample_equal_over_the_classes(capsys):
     assert np.array_equal(again, split.images) and not np.array_equal(other, split.images)
     for limit in (0, 200, 999):
         assert np.array_equal(load("mnist", 28, 1, limit)[0].labels, labels)
-    assert "below" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "below" not in out and out.count("a sample of ") == out.count("41 + 41 of them is used")
     load("mnist", 28, 1, limit=9)
-    assert "--limit 9 is below the 10 classes" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "--limit 9 is below the 10 classes" in out and "a sample of 9 + 9 of them is used" in out
 
 
 # ---------------------------------------------------------------------------- archives
@@ -806,8 +808,10 @@ def test_progress_shows_count_rate_and_time_left_when_it_takes_long(monkeypatch,
         return capsys.readouterr().out
 
     assert run(0.05) == ""
-    lines = run(1).split("\r\033[K" if terminal else "\n")
-    assert len(lines) == (29 if terminal else 4)  # twice a second, or every ten seconds
+    out = run(1)
+    assert out.endswith("\n") and out[0] == "d"  # nothing stands before or after on its lines
+    lines = out[:-1].split("\n\033[A\033[K" if terminal else "\n")
+    assert len(lines) == (28 if terminal else 3)  # twice a second, or every ten seconds
     assert "decoding: 3 of 30 images, 1.0 images/s, 0:27 left" in lines
     assert "60 of 30 images, 20 images/s, 0:00 left" in run(1, done=lambda: 60)
     shown = [data.clock(seconds) for seconds in (-5, 0, 61.9, 3600 * 25 + 61)]

@@ -102,7 +102,10 @@ def plain_loop(plain, settings, images, steps):
     return losses, training
 
 
-@pytest.mark.parametrize("flags", [(), ("--flip", "--clip", "0.1", "--ema", "0.3")])
+FLAGS = [(), ("--flip", "--clip", "0.1", "--ema", "0.3"), ("--dropout", "0.2")]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
 def test_the_training_loop_equals_the_plain_step(tmp_path, flags):
     """Loss by loss and weight by weight for ten steps, from the same start."""
     settings = settings_of(*MNIST, *TINY, *flags)

@@ -298,20 +298,55 @@ def test_a_stop_in_the_last_step_is_the_end(folder, monkeypatch, capsys):
     interrupt_at(9, monkeypatch)
     run("--data", folder, "--epochs", "4", "--batch-size", "16")
     assert "10 steps, 160 images seen" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:  # once the loop is over the first one ends all
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    assert stop.value.code == 130
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_take_their_part_of_the_draws_and_dropout_of_their_own(folder, rank, monkeypatch):
+    settings = train.resolve({"data": folder, "size": 8, "device": "cpu", "amp": "off"})
+    settings |= {"batch_size": 8, "epochs": 0.2, "patch": 2, "seed": 5, "flip": False}
+    images = data.load(folder, 8, 3, Path("data"))[0].images  # 40: one step
+    seeds, seen, real = [], [], torch.manual_seed
+
+    def loss_fn(net, x0, t, eps, abar):
+        seen.append((x0, t, eps))
+        return train.dier_loss(net, x0, t, eps, abar)
+
+    monkeypatch.setattr(train, "ranks", lambda: (rank, 2, rank))
+    monkeypatch.setattr(train, "DistributedDataParallel", lambda net: net)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda sums: None)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or real(seed))
+    (train.RUNS / "set").mkdir(parents=True)
+    train.train(train.build_dier(settings), loss_fn, images, settings, train.RUNS / "set")
+    assert seeds == [data.mix_seed(5, 0, rank)]
+    t, _, eps = train.draw(5, 0, (8, 3, 8, 8), CPU)
+    index = data.batch_index(40, 0, 8, 5, CPU)
+    x0 = data.get_batch(torch.from_numpy(np.array(images)), index, CPU)
+    for got, whole in zip(seen[0], (x0, t, eps), strict=True):
+        assert torch.equal(got, whole[rank::2])
 
 
 def test_a_slow_save_does_not_make_every_step_save(folder, monkeypatch):
     """The time between two saves counts from the end of the first."""
-    real, saves = train.save, []
+    real, saves, now = train.save, [], [0.0]
+
+    def clock():
+        now[0] += 0.01
+        return now[0]
 
     def save(*args):
         real(*args)
-        saves.append(time.sleep(0.5))
+        now[0] += 0.5
+        saves.append(now[0])
 
     monkeypatch.setattr(train, "save", save)
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0.4)
-    run("--data", folder, "--epochs", "10", "--batch-size", "16")  # 25 steps of some 10 ms
-    assert 2 <= len(saves) < 10
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.1)
+    monkeypatch.setattr(train.time, "monotonic", clock)
+    run("--data", folder, "--epochs", "10", "--batch-size", "16")  # 25 steps of 0.01 s or more
+    assert 2 < len(saves) < 10
 
 
 def test_resume_finds_data_that_moved_and_refuses_data_that_changed(folder, tmp_path, capsys):
@@ -576,7 +611,7 @@ def test_time_left_is_said_from_the_twentieth_step_and_never_negative(
 ):
     """Of a call that began at step 10 and goes on to step 110."""
     row = {"step": step, "epoch": 0.25, "loss": 0.5, "images_per_s": 1234.5}
-    train.show_row(row, 110, 10, spent, limit)
+    train.show_row(row, 110, 10, spent, limit, again=True)
     line = f"step {step} of 110, epoch 0.25, loss 0.5000, 1,234 images/s{words}\n"
     assert capsys.readouterr().out == line
 
@@ -622,7 +657,7 @@ def test_both_scripts_as_a_user_runs_them(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rate, last", [("1e-3", "2 steps, 32 images"), ("1e9", "error: the ")])
 def test_on_a_terminal_the_last_line_stands_alone(folder, tmp_path, rate, last):
-    """The progress line is rewritten in place, so it has no end of its own."""
+    """The progress line is rewritten in place, but what follows it is not glued to it."""
     ours, theirs = os.openpty()
     command = [sys.executable, str(ROOT / "train.py"), *TINY, "--data", folder, "--lr", rate]
     command += ["--batch-size", "16", "--epochs", "0.8" if last[0] == "2" else "40"]
@@ -635,7 +670,8 @@ def test_on_a_terminal_the_last_line_stands_alone(folder, tmp_path, rate, last):
             out += block
     assert child.wait() == (0 if last[0] == "2" else 2)
     *_, row, end = out.decode().splitlines()
-    assert "step " in row.split("\033[K")[-1] and end.startswith(last), out
+    assert row.removeprefix("\033[A\033[K").startswith("step ") and end.startswith(last), out
+    assert out.count(b"\033[A\033[K") == out.count(b"\nstep ") + out.count(b"Kstep ") - 1
 
 
 @pytest.mark.slow
