@@ -298,7 +298,11 @@ def test_a_stop_in_the_last_step_is_the_end(folder, monkeypatch, capsys):
     interrupt_at(9, monkeypatch)
     run("--data", folder, "--epochs", "4", "--batch-size", "16")
     assert "10 steps, 160 images seen" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:  # once the loop is over the first one ends all
+
+
+def test_after_the_loop_a_first_ctrl_c_ends_the_program(folder):
+    run("--data", folder, "--epochs", "1", "--batch-size", "16")
+    with pytest.raises(SystemExit) as stop:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
     assert stop.value.code == 130
