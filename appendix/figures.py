@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import train
 from appendix.baselines import METHODS, TIMELESS
 from appendix.chart import (
     COLOURS,
@@ -43,18 +44,7 @@ from appendix.chart import (
 from appendix.tsne import tsne
 from data import Split, fail, load, mix_seed, sample
 from probe import TIMES, encode, standardise
-from train import (
-    RUNS,
-    Parser,
-    dier_loss,
-    find_run,
-    guard,
-    load_model,
-    natural,
-    pick_device,
-    positive_int,
-    read_config,
-)
+from train import RUNS, dier_loss, find_run, guard, load_model, pick_device, read_config
 
 PAPER = Path(__file__).resolve().parent.parent / "results" / "paper.json"
 SHOWN = 20  # classes in Figs. 5 and 7, as in the paper
@@ -284,14 +274,14 @@ class Embedder:
             print(f"{run.folder} was trained on after its probe: {probe_command(run)} probes anew")
         self.encoder, self.device = model.encoder, device
         where = (settings["size"], settings["channels"], Path(settings["data_dir"]))
-        train, self.test = load(settings["data"], *where)
-        self.images = train.images[sample(train.labels, len(train.images), STATISTICS, 0)]
+        split, self.test = load(settings["data"], *where)
+        self.images = split.images[sample(split.labels, len(split.images), STATISTICS, 0)]
 
     def features(self, index: np.ndarray, t: int) -> Tensor:
         """v_t of the test images at `index`, standardised: (N, V) fp32 on the CPU."""
-        train = encode(self.encoder, self.images, t, self.device, f"v_{t} of train")
+        known = encode(self.encoder, self.images, t, self.device, f"v_{t} of train")
         test = encode(self.encoder, self.test.images[index], t, self.device, f"v_{t} of test")
-        return standardise(train, test)[1].float().cpu()
+        return standardise(known, test)[1].float().cpu()
 
     def embed(self, limit: int, seed: int, t: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """t-SNE at t: points (N, 2), labels (N,) in 0 .. len(names) - 1, and the classes' names."""
@@ -370,13 +360,13 @@ def probe_command(run: Run) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag, with its unit and default."""
-    p = Parser(__doc__, prog="python -m appendix.figures")
+    p = train.Parser(__doc__, prog="python -m appendix.figures")
     add = p.add_argument
     add("--name", nargs="+", help="runs in runs/NAME (the newest)")
     add("--table", type=Path, help="draw the curves of this file of appendix.baselines, no run")
     limit = f"test images in t-SNE, equal over the classes ({POINTS}; {POINTS_PANEL} in Fig. 7)"
-    add("--limit", type=positive_int, help=limit)
-    add("--seed", type=natural, help="of the samples (0)")
+    add("--limit", type=train.positive_int, help=limit)
+    add("--seed", type=train.natural, help="of the samples (0)")
     add("--device", help="auto, cpu, cuda (auto)")
     return p
 

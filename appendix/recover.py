@@ -27,22 +27,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+import train
 from appendix.baselines import METHODS, build
 from appendix.chart import image_grid
 from data import Split, fail, load, progress, sample, to_float, to_uint8
 from diffusion import T, alphas_cumprod, ddim_invert, ddim_sample, ddim_times, predict_x0, q_sample
 from probe import TIMES
-from train import (
-    Parser,
-    dier_loss,
-    find_run,
-    guard,
-    load_model,
-    natural,
-    number,
-    pick_device,
-    positive_int,
-)
+from train import dier_loss, find_run, guard, load_model, pick_device
 
 MODES = ("recover", "interpolate", "swap", "timesteps")
 MEAN_SAMPLE, BLOCK = 2_000, 25  # training images whose mean v_t stands for that of all; at a time
@@ -220,15 +211,15 @@ def timesteps(
 # ---------------------------------------------------------------------------- command line
 
 
-def build_parser() -> Parser:
+def build_parser() -> train.Parser:
     """Every flag, with its unit and default."""
-    p = Parser(__doc__, prog="python -m appendix.recover")
-    steps = number(int, lambda n: 1 <= n <= T, f"a whole number from 1 to {T}")
+    p = train.Parser(__doc__, prog="python -m appendix.recover")
+    steps = train.number(int, lambda n: 1 <= n <= T, f"a whole number from 1 to {T}")
     p.add_argument("--name", help="the run in runs/NAME (the newest)")
     p.add_argument("--mode", choices=MODES, help="what to draw (recover)")
     p.add_argument("--steps", type=steps, help=f"of the chain, 1 to {T} (50)")
-    p.add_argument("--n", type=positive_int, help="test images (16)")
-    p.add_argument("--seed", type=natural, help="of the choice of images and of the noise (0)")
+    p.add_argument("--n", type=train.positive_int, help="test images (16)")
+    p.add_argument("--seed", type=train.natural, help="of the images chosen and of the noise (0)")
     p.add_argument("--device", help="auto, cpu, cuda (auto)")
     return p
 
