@@ -524,9 +524,9 @@ def main(argv: list[str] | None = None) -> None:
     if len(split.class_names) < 2:
         fail(f"{name} has no classes, and a probe needs two: lay it out as CLASS/*")
     common |= {"images": len(split.images), "class_names": split.class_names}
-    for method in methods:  # sizes that do not fit are found before anything is trained
-        if method in METHODS:
-            flops_per_image(method, common | {"method": method})
+    with torch.device("meta"):  # sizes that do not fit are found before anything is trained
+        for method in (method for method in methods if method in METHODS):
+            build(method, common | {"method": method})
     command = train.origin(["-m", "appendix.baselines", *argv], common["device"])
     table = Table(out, split, probed, common["epochs"], command)
     write_table(table, common, seeds)  # where it cannot be written, nothing is trained
