@@ -510,7 +510,7 @@ def number(kind: type, fits: Callable[[float], bool], what: str) -> Callable[[st
 
 positive_int = number(int, lambda n: n > 0, "a whole number above 0")
 natural = number(int, lambda n: 0 <= n < 2**63, "a whole number, 0 or more, below 2^63")
-positive = number(float, lambda x: x > 0, "a number above 0")
+positive = number(float, lambda x: 0 < x < 1e12, "a number above 0, below 1e12")
 not_negative = number(float, lambda x: x >= 0, "a number, 0 or more")
 fraction = number(float, lambda x: 0 <= x < 1, "in [0, 1)")
 
@@ -711,8 +711,10 @@ def keep_freed_memory() -> None:
 def guard(main: Callable[[], None]) -> None:
     """Run a command's main: what can go wrong outside the program becomes one line, status 2."""
     keep_freed_memory()
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115, None: begun without it
         stream.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
+        setattr(sys, name, stream)
     catch_signals()
     try:
         main()

@@ -190,6 +190,21 @@ def test_glyphs_are_deterministic_balanced_and_show_their_label():
     assert test.images.mean() < 60 and test.images.max() > 200  # light on dark
     mean = [test.images[test.labels == k][:, 0, 12:16, 12:16].mean() for k in range(10)]
     assert mean[0] < mean[8] - 20  # a nought is empty where an eight crosses
+    ink = np.maximum(train.images[:, 0].astype(float) - 100, 0)
+    for axis in (1, 2):  # where its ink lies: around the middle, shifted by up to 3 pixels
+        centre = (ink.sum(axis) * np.arange(28)).sum(1) / ink.sum((1, 2))
+        assert abs(centre.mean() - 13.5) < 0.7 and 1.5 < centre.std() < 2.2, (centre.mean(), axis)
+
+
+def test_the_facts_of_each_set():
+    """Grey and colour, rows of Table 4, and no flips for what has a reading direction."""
+    colour = {name for name, facts in data.SETS.items() if facts.channels == 3}
+    assert colour == {"cifar10", "cifar100", "tiny-imagenet", "bccd"}
+    rows = dict.fromkeys(("glyphs", "mnist", "cifar10", "cifar100"), 32)
+    rows |= {"tiny-imagenet": 64, "bccd": 256, "oct2017": 256}
+    assert {name: facts.row for name, facts in data.SETS.items()} == rows
+    assert {name for name, facts in data.SETS.items() if not facts.flip} == {"glyphs", "mnist"}
+    assert {facts.channels for facts in data.SETS.values()} == {1, 3}
 
 
 # ---------------------------------------------------------------------------- named sets of images

@@ -432,6 +432,7 @@ def test_bad_input_is_one_line_and_status_2(folder, tmp_path, capsys):
         (["--device", "nonsense"], "--device nonsense does not work here"),
         (["--epochs", "0"], "0 is not a number above 0"),
         (["--epochs", "nan"], "nan is not a number above 0"),
+        (["--epochs", "1e308"], "1e308 is not a number above 0, below 1e12"),
         (["--batch-size", "2.5"], "2.5 is not a whole number above 0"),
         (
             ["--batch-size", "9", "--accum", "2"],
@@ -538,6 +539,11 @@ def test_a_closed_pipe_ends_quietly(folder, tmp_path):
     child.stdout.readline()
     child.stdout.close()
     assert child.stderr.read() == "" and child.wait() == 141
+
+
+def test_closed_streams_are_no_error(tmp_path):
+    command = f"exec {sys.executable} {ROOT}/train.py --dry-run --data mnist >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize(
