@@ -748,7 +748,8 @@ def on_device(images: np.ndarray, device: torch.device) -> Tensor:
 @lru_cache(maxsize=2)  # every step of an epoch asks for the same one
 def permutation(n: int, seed: int, epoch: int, device: torch.device) -> Tensor:
     """The order of one epoch, int64 (n,): drawn on the CPU, so that it is the same everywhere, and
-    copied from pinned memory, so that nothing waits."""
+    copied from pinned memory, so that nothing waits. (Its seed is also that of train.py's draws at
+    step `epoch`: other numbers of another distribution, and older records stay valid.)"""
     generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
     order = torch.randperm(n, generator=generator, pin_memory=device.type == "cuda")
     return order.to(device, non_blocking=True)

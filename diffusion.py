@@ -5,8 +5,9 @@
     L   = E || eps - eps_theta(x_t, t, v_t) ||^2, v_t = Encoder(x_0, t)  (Eq. 4.6)  eps_loss
     x_0-hat = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)                        predict_x0
 
-Eq. 3.1 takes a small step, a thousand times. The sum of Gaussian steps is Gaussian, so Eq. 3.2
-jumps to any t at once: the image fades, the noise grows, the variance goes from the image's to 1.
+Eq. 3.1 is the product of a thousand such small steps. The sum of Gaussian steps is Gaussian, so
+Eq. 3.2 jumps to any t at once: the image fades, the noise grows, the variance goes from the image's
+to 1.
 
     t                        0     100     400     700     999
     sqrt(abar_t)         1.000   0.946   0.440   0.083   0.006     what is left of the image
@@ -59,10 +60,11 @@ def q_sample(x0: Tensor, t: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
 
 
 def eps_loss(eps_hat: Tensor, eps: Tensor) -> Tensor:
-    """Eq. 4.6 with w_t = 1, for each image: mean squared error over C, H, W in fp32 -> (B,).
+    """Eq. 4.6 with w_t = 1 over C H W, for each image: mean squared error in fp32 -> (B,).
 
-    The caller takes the mean over the batch; one value an image also gives the loss by t for free.
-    The expected value is 1 for a network that outputs 0, since E[eps^2] = 1.
+    Adam does not notice the factor 1 / (C H W), the gradient clip does. The caller takes the mean
+    over the batch; one value an image also gives the loss by t for free. The expected value is 1
+    for a network that outputs 0, since E[eps^2] = 1.
     """
     if eps_hat.dtype != torch.float64:  # autocast may hand over half precision
         eps_hat, eps = eps_hat.float(), eps.float()
@@ -109,7 +111,8 @@ def ddim_step(
     """One step of Eq. 3.3 from abar_t to abar_prev (B, C, H, W); abar_prev = 1 lands on the image.
 
     eta = 0 is DDIM, deterministic; eta = 1 is DDPM's ancestral step, whose noise has the posterior
-    variance. With abar_prev < abar_t and eta = 0 the same formula walks from image to noise.
+    variance. x_0-hat and eps are the same image and noise at every t, mixed anew for another abar:
+    with abar_prev < abar_t and eta = 0 the same formula walks from image to noise.
     With clip, eps is recomputed from the clipped x_0-hat, so that both describe the same x_t.
     """
     x0 = predict_x0(x_t, abar_t, eps, clip)

@@ -3,8 +3,9 @@
     v_t = Encoder(x_0, t)                 half a U-Net that sees the clean image and the time
     eps = DiT(x_t, t, v_t)                a transformer on pixel patches that sees the noisy image
 
-v_t reaches the DiT only through adaLN, added to the embedding of t: one vector of 1024 numbers has
-to tell the transformer what the noise has hidden, and that is what makes it a semantic embedding.
+v_t reaches the DiT only added to the embedding of t, through adaLN (a linear layer of the sum gives
+each normalisation its scale and shift and each branch its gate): one vector of 1024 numbers has to
+tell the transformer what the noise has hidden, and that makes it a semantic embedding.
 
 At initialisation every residual branch and the output are zero, as in DiT: eps = 0, so the first
 loss is E[eps^2] = 1; v does not depend on t; and no gradient reaches the encoder in the first two

@@ -6,10 +6,11 @@
     python probe.py --name mnist --data glyphs      the features of another set (transfer)
     python probe.py --norm none         the paper's stated protocol: features as they are
 
-For each t: encode every image once, standardise, train the heads, print a row. `top1` is the
-accuracy on the test set, `held_out` on training images that a head did not see. t is chosen by
-`held_out`, which never looks at a test label; the paper reports the best t on the test set, which
-stands here as `oracle`. Floors stand beside the result: raw pixels, and encoders never trained.
+For each t: encode every image once, standardise, train the heads (linear classifiers: one on all
+training images, one more for each fold, which it does not see), print a row. `top1` is the accuracy
+on the test set, `held_out` on training images that a head did not see. t is chosen by `held_out`,
+which never looks at a test label; the paper reports the best t on the test set, which stands here
+as `oracle`. Floors stand beside the result: raw pixels, and encoders never trained.
 
 probe.json holds the standard sweep: rows [{t, top1, top5, held_out, knn}] (top5 null for 10 classes
 or fewer), chosen_t, test_top1, oracle_t, oracle_top1, floors {pixels, untrained, random}, n_train,
@@ -429,7 +430,7 @@ def parse_times(text: str) -> list[int] | str:
 
 
 def standard_protocol(settings: dict[str, Any]) -> dict[str, Any]:
-    """The protocol of Sec. A.2, for a run of these settings; a flag each."""
+    """The protocol, a flag each: epochs and rate of Sec. A.2; std and ema are chosen here."""
     return {
         "data": settings["data"],
         "limit": 0,

@@ -136,7 +136,7 @@ def train(
         # are averaged over the processes. The scaler keeps fp16's small gradients above zero.
         losses = []
         for k, piece in enumerate(zip(x0.chunk(accum), t.chunk(accum), eps.chunk(accum))):
-            model.require_backward_grad_sync = k == accum - 1
+            model.require_backward_grad_sync = k == accum - 1  # DDP's switch
             with torch.autocast(device.type, AMP[amp], enabled=amp != "off"):
                 loss = loss_fn(model, *piece, abar)
             scaler.scale(loss.mean() / accum).backward()
