@@ -123,8 +123,8 @@ def train(
     start = row_time = time.monotonic()
     deadline = start + (60 * settings["minutes"] or math.inf)
     saved_at = shown_at = drawn_at = -math.inf
-    stop = False
-    while step < last and not stop:
+    stop = step >= last
+    while not stop:
         # t, flips and eps follow from (seed, step) for the whole batch, dropout from rank as well:
         # one process and eight see the same data, and a resumed run what it would have seen.
         torch.manual_seed(mix_seed(seed, step, rank))  # dropout draws from the default generators
@@ -160,7 +160,7 @@ def train(
         now = time.monotonic()
         at_row = step <= ROW_STEPS or step % ROW_STEPS == 0 or step == last
         decides = at_row or processes == 1
-        stop = decides and (bool(signals) or now >= deadline)
+        stop = decides and (step == last or bool(signals) or now >= deadline)
         if at_row:
             sums[STOP] = stop
             if processes > 1:
@@ -173,22 +173,22 @@ def train(
             stop = values[STOP] > 0
             row_step, row_time = step, now
             sums.zero_()
-            if sys.stdout.isatty() or now - shown_at > 10 or stop or step == last:
+            if sys.stdout.isatty() or now - shown_at > 10 or stop:
                 show_row(row, last, first, now - start, deadline - now, again=shown_at > 0)
                 shown_at = now
 
         # Save at the first row, every minute and at the end.
-        ends = stop or step == last
-        if rank == 0 and decides and (ends or now - saved_at > SAVE_SECONDS):
+        if rank == 0 and decides and (stop or now - saved_at > SAVE_SECONDS):
             read_finite(sums, settings, row_step + 1, step, folder)  # no NaN is saved
             counters = {"step": step, "row_step": row_step, "log_size": log.tell()}
             counters |= {"seconds": earlier + now - start, "sums": sums.cpu(), "settings": settings}
             save(folder, parts, counters)
-            if loss_fn is dier_loss and (ends or now - drawn_at > PREVIEW_SECONDS):
+            if loss_fn is dier_loss and (stop or now - drawn_at > PREVIEW_SECONDS):
                 preview(ema, images, settings, abar, folder / "preview.png")
                 drawn_at = now
             saved_at = time.monotonic()  # a save can take long
-    end_loop(log)
+    log.close()
+    catch_signals()  # from here on a first Ctrl-C ends the program
     return step, time.monotonic() - start, signals[0] if signals else 0
 
 
@@ -347,12 +347,6 @@ def catch_signals(finish_step: bool = False) -> list[int]:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
     return noted
-
-
-def end_loop(log: Any) -> None:
-    """Close the log; from here on a first Ctrl-C ends the program."""
-    log.close()
-    catch_signals()
 
 
 # ---------------------------------------------------------------------------- runs on disk
