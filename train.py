@@ -70,9 +70,7 @@ SUMS = 24  # how many numbers that are
 # ---------------------------------------------------------------------------- the step
 
 
-def draw(
-    seed: int, step: int, shape: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+def draw(seed: int, step: int, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
     """t (B,), flips (B,) and eps `shape` of one step for the global batch: a pure function."""
     generator = torch.Generator(device).manual_seed(mix_seed(seed, step))
     t = torch.randint(T, shape[:1], generator=generator, device=device)
@@ -94,9 +92,9 @@ def train(
     net: nn.Module,
     loss_fn: Callable[..., Tensor],
     images: np.ndarray,
-    settings: dict[str, Any],
+    settings: dict,
     folder: Path,
-    saved: dict[str, Any] | None = None,
+    saved: dict | None = None,
 ) -> tuple[int, float, int]:
     """Train net on uint8 images (N, C, S, S), from a checkpoint if there is one, until the epochs
     or minutes are over or a signal comes: it ends after the step (many processes: at a row), saved.
@@ -201,9 +199,7 @@ def ranks() -> tuple[int, int, int]:
     return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
 
 
-def make_parts(
-    net: nn.Module, settings: dict[str, Any], device: torch.device, saved: dict[str, Any] | None
-) -> dict[str, Any]:
+def make_parts(net: nn.Module, settings: dict, device: torch.device, saved: dict | None) -> dict:
     """What training changes, and so what a checkpoint holds: the weights, their average, Adam's
     moments, the factor of fp16's scaler; new, or taken out of `saved`."""
     if device.type == "cuda":
@@ -240,7 +236,7 @@ def add_sums(sums: Tensor, loss: Tensor, t: Tensor, norm: Tensor) -> None:
     sums[SKIPPED] += ~finite
 
 
-def means(values: list[float]) -> dict[str, Any]:
+def means(values: list[float]) -> dict:
     """The sums, read, as means; None where nothing was drawn."""
     loss, images = values[:10], values[10:20]
     return {
@@ -255,9 +251,7 @@ class NotFinite(SystemExit):
     """A run ended because its loss or its gradient was not finite; status 2."""
 
 
-def read_finite(
-    sums: Tensor, settings: dict[str, Any], since: int, step: int, folder: Path
-) -> list[float]:
+def read_finite(sums: Tensor, settings: dict, since: int, step: int, folder: Path) -> list[float]:
     """The sums as numbers; waits for the device. Ends the run where a loss or a gradient norm since
     step `since` was not finite; the last good checkpoint stays. Steps that fp16's scaler skips are
     no error."""
@@ -286,9 +280,7 @@ def open_log(folder: Path, size: int, rank: int) -> Any:
     return path.open("ab" if size else "wb", buffering=0)
 
 
-def show_row(
-    row: dict[str, Any], last: int, first: int, spent: float, remaining: float, again: bool
-) -> None:
+def show_row(row: dict, last: int, first: int, spent: float, remaining: float, again: bool) -> None:
     """The progress line of a row of the log. The time left is known from the twentieth step on of a
     call that began at step `first`, `spent` seconds ago; it may last `remaining` seconds more."""
     done = row["step"] - first
@@ -298,7 +290,7 @@ def show_row(
     status(f"{text}{row['images_per_s']:,.0f} images/s{more}", again)
 
 
-def save(folder: Path, parts: dict[str, Any], counters: dict[str, Any]) -> None:
+def save(folder: Path, parts: dict, counters: dict) -> None:
     """Write checkpoint.pt, whole or not at all: the state of each part, and the counters."""
     state = {name: part.state_dict() for name, part in parts.items()} | counters
 
@@ -312,9 +304,7 @@ def save(folder: Path, parts: dict[str, Any], counters: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def preview(
-    ema: nn.Module, images: Tensor, settings: dict[str, Any], abar: Tensor, path: Path
-) -> None:
+def preview(ema: nn.Module, images: Tensor, settings: dict, abar: Tensor, path: Path) -> None:
     """Show what is being learned: for four training images and five t, one row a t, x_0, x_t and
     the one-step estimate of x_0 by the average weights. Draws from a generator of its own."""
     x0 = data.to_float(images[:4].to(abar.device))
@@ -352,7 +342,7 @@ def catch_signals(finish_step: bool = False) -> list[int]:
 # ---------------------------------------------------------------------------- runs on disk
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict:
     """config.json of a run; {} where there is none that can be read."""
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -383,7 +373,7 @@ def find_run(name: str | None = None) -> Path:
     return max(folders, key=lambda folder: (folder / "checkpoint.pt").stat().st_mtime)
 
 
-def read_checkpoint(folder: Path) -> dict[str, Any]:
+def read_checkpoint(folder: Path) -> dict:
     """The checkpoint of a run, on the CPU; exits with one line where it cannot be read."""
     path = folder / "checkpoint.pt"
     try:
@@ -402,7 +392,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     return saved
 
 
-def read_dier(folder: Path) -> dict[str, Any]:
+def read_dier(folder: Path) -> dict:
     """The checkpoint of a run; exits where it is not DiER's but a baseline's."""
     saved = read_checkpoint(folder)
     if saved["settings"].get("method") != "dier":
@@ -412,7 +402,7 @@ def read_dier(folder: Path) -> dict[str, Any]:
 
 def load_model(
     folder: Path, build: Callable[[dict], nn.Module] | None = None, weights: str = "ema"
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, dict]:
     """The module of a run with its "ema" or "raw" weights, in eval mode, and its checkpoint; exits
     where the run is not of DiER and `build` does not say what its settings make."""
     saved = read_checkpoint(folder) if build else read_dier(folder)
@@ -421,7 +411,7 @@ def load_model(
     return model.eval(), saved
 
 
-def restore(part: Any, state: dict[str, Any]) -> None:
+def restore(part: Any, state: dict) -> None:
     """part.load_state_dict(state); exits where a checkpoint's weights have other sizes."""
     try:
         part.load_state_dict(state)
@@ -430,19 +420,19 @@ def restore(part: Any, state: dict[str, Any]) -> None:
         fail(f"the checkpoint does not fit its own settings ({reason}): train anew")
 
 
-def build_dier(settings: dict[str, Any]) -> DiER:
+def build_dier(settings: dict) -> DiER:
     """DiER in the sizes of the settings."""
     return DiER(model_config(settings))
 
 
-def parameter_counts(settings: dict[str, Any]) -> dict[str, int]:
+def parameter_counts(settings: dict) -> dict[str, int]:
     """Parameters of {encoder, dit}, counted on the meta device, where nothing is allocated."""
     with torch.device("meta"):
         parts = build_dier(settings).named_children()
     return {part: sum(p.numel() for p in net.parameters()) for part, net in parts}
 
 
-def origin(command: list[str], device_name: str) -> dict[str, Any]:
+def origin(command: list[str], device_name: str) -> dict:
     """Where a result comes from: the command, the commit of this code ("" outside git; "-dirty"
     with changes), versions, and the machine in words."""
     ask = ["git", "describe", "--always", "--dirty", "--exclude=*"]
@@ -593,7 +583,7 @@ def pick_amp(name: str, device: torch.device) -> str:
     return "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "off"
 
 
-def model_config(settings: dict[str, Any]) -> ModelConfig:
+def model_config(settings: dict) -> ModelConfig:
     """The sizes among the settings; exits where they do not fit each other."""
     try:
         return ModelConfig(**{field.name: settings[field.name] for field in fields(ModelConfig)})
@@ -601,7 +591,7 @@ def model_config(settings: dict[str, Any]) -> ModelConfig:
         fail(str(error))
 
 
-def resolve(typed: dict[str, Any]) -> dict[str, Any]:
+def resolve(typed: dict) -> dict:
     """Every setting of a new run as plain values: what was typed, else the preset's."""
     name = typed.get("device", DEFAULTS["device"])
     device = pick_device(name)
@@ -616,7 +606,7 @@ def resolve(typed: dict[str, Any]) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}  # as JSON
 
 
-def resolve_resumed(typed: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+def resolve_resumed(typed: dict, saved: dict) -> dict:
     """The settings of a resumed run: the checkpoint's, with what may change as typed."""
     typed = {key: value for key, value in typed.items() if value != "auto"}
     for key, value in typed.items():
@@ -630,7 +620,7 @@ def resolve_resumed(typed: dict[str, Any], saved: dict[str, Any]) -> dict[str, A
     return {**saved, **typed}
 
 
-def describe(settings: dict[str, Any], counts: dict[str, int], folder: Path, auto: bool) -> None:
+def describe(settings: dict, counts: dict[str, int], folder: Path, auto: bool) -> None:
     """Print what will be trained, every resolved value included."""
     small = settings["preset"] == "cpu"
     why = "no GPU: " if auto and small and not torch.cuda.is_available() else ""
@@ -761,9 +751,7 @@ def main(argv: list[str] | None = None) -> None:
         run(settings, folder, saved, ["train.py", *(sys.argv[1:] if argv is None else argv)])
 
 
-def run(
-    settings: dict[str, Any], folder: Path, saved: dict[str, Any] | None, command: list[str]
-) -> None:
+def run(settings: dict, folder: Path, saved: dict | None, command: list[str]) -> None:
     """Load the data, train, say what comes next. Exits where a resumed run's data is another."""
     _, size, local = ranks()
     if local:  # the first process of each machine downloads and decodes, the others wait
