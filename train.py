@@ -735,14 +735,12 @@ def main(argv: list[str] | None = None) -> None:
         settings = resolve(typed)
         if (folder / "checkpoint.pt").exists() and not dry_run:
             fail(f"{folder} holds a trained run: add --resume to go on, or choose another --name")
-    batch = settings["batch_size"]
-    pieces = ranks()[1] * settings["accum"]
-    if batch % pieces:
-        way = "another --accum" if saved else str(math.ceil(batch / pieces) * pieces)
-        fail(
-            f"--batch-size {batch} is not a multiple of {ranks()[1]} process(es) x --accum "
-            f"{settings['accum']}: give {way}"
-        )
+    batch, accum, processes = settings["batch_size"], settings["accum"], ranks()[1]
+    rest = batch % (processes * accum)
+    if rest:
+        way = "another --accum" if saved else batch - rest + processes * accum
+        pieces = f"{processes} process(es) x --accum {accum}"
+        fail(f"--batch-size {batch} is not a multiple of {pieces}: give {way}")
     counts = parameter_counts(settings)
     describe(settings, counts, folder, "preset" not in typed and not saved)
     if dry_run:
@@ -753,12 +751,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(settings: dict, folder: Path, saved: dict | None, command: list[str]) -> None:
     """Load the data, train, say what comes next. Exits where a resumed run's data is another."""
-    _, size, local = ranks()
+    rank, processes, local = ranks()
     if local:  # the first process of each machine downloads and decodes, the others wait
         dist.barrier()
     keys = ("data", "size", "channels", "data_dir", "limit", "seed")
     split, _ = data.load(*(settings[key] for key in keys))  # and the test images, for the probe
-    if size > 1 and not local:
+    if processes > 1 and not local:
         dist.barrier()
     found = {"images": len(split.images), "class_names": split.class_names}
     known = {key: settings.get(key, value) for key, value in found.items()}
@@ -770,31 +768,28 @@ def run(settings: dict, folder: Path, saved: dict | None, command: list[str]) ->
         )
     if saved and saved["step"] * settings["batch_size"] >= settings["epochs"] * len(split.images):
         fail(f"{folder} has done its {settings['epochs']:g} epochs: give more with --epochs")
-    settings = {"origin": None, **settings, **found, "launch": this_launch()}
-    if ranks()[0] == 0:
-        settings["origin"] = settings["origin"] or origin(command, settings["device"])
+    settings = {"origin": origin(command, settings["device"]), **settings, **found}  # or as saved
+    settings["launch"] = this_launch()
+    if rank == 0:
         data.write_json(folder / "config.json", settings)
     torch.manual_seed(settings["seed"])
     net = build_dier(settings)
     step, seconds, stopped = train(net, dier_loss, split.images, settings, folder, saved)
-    if size > 1:  # all end together, when rank 0 has saved: gloo's threads abort a lonely end
+    if processes > 1:  # all end together, when rank 0 has saved: gloo's threads abort a lonely end
         dist.barrier()
         dist.destroy_process_group()
-    name = folder.relative_to(RUNS)
+    named = f" --name {shlex.quote(str(folder.relative_to(RUNS)))}"
     seen = step * settings["batch_size"]
     if stopped and seen < settings["epochs"] * len(split.images):
-        again = f"python train.py --name {shlex.quote(str(name))} --resume"
-        print(f"stopped at step {step:,}: {again} goes on")
+        print(f"stopped at step {step:,}: python train.py{named} --resume goes on")
         raise SystemExit(128 + stopped)
-    if ranks()[0]:  # rank 0 speaks; on another machine there is no checkpoint
+    if rank:  # rank 0 speaks; on another machine there is no checkpoint
         return
-    newest = folder.parent == RUNS and folder == find_run()
-    named = "" if newest else f" --name {shlex.quote(str(name))}"
+    if folder.parent == RUNS and folder == find_run():  # the newest needs no name
+        named = ""
     t = " --t 400" if settings["data"] == "glyphs" else ""
-    print(
-        f"{step:,} steps, {seen:,} images seen, {clock(seconds)} in this call; next: python "
-        f"probe.py{named}{t}"
-    )
+    took = f"{step:,} steps, {seen:,} images seen, {clock(seconds)} in this call"
+    print(f"{took}; next: python probe.py{named}{t}")
 
 
 if __name__ == "__main__":
