@@ -593,16 +593,16 @@ def model_config(settings: dict) -> ModelConfig:
 
 def resolve(typed: dict) -> dict:
     """Every setting of a new run as plain values: what was typed, else the preset's."""
-    name = typed.get("device", DEFAULTS["device"])
-    device = pick_device(name)
-    preset = typed.get("preset", DEFAULTS["preset"])
-    if preset == "auto":
-        preset = "paper" if device.type == "cuda" else "cpu"
-    facts = data.set_facts(typed.get("data", DEFAULTS["data"]))._asdict()
-    row = table_row(preset, typed.get("data", DEFAULTS["data"]), facts["row"])
-    settings = {**DEFAULTS, **facts, **row, **typed, "preset": preset}
-    settings["device"] = device.type if name == "auto" else name
-    settings["amp"] = pick_amp(settings["amp"], device)
+    chosen = DEFAULTS | typed
+    device = pick_device(chosen["device"])
+    if chosen["device"] == "auto":
+        chosen["device"] = device.type
+    if chosen["preset"] == "auto":
+        chosen["preset"] = "paper" if device.type == "cuda" else "cpu"
+    chosen["amp"] = pick_amp(chosen["amp"], device)
+    facts = data.set_facts(chosen["data"])._asdict()
+    row = table_row(chosen["preset"], chosen["data"], facts["row"])
+    settings = {**facts, **row, **chosen}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}  # as JSON
 
 
@@ -612,10 +612,8 @@ def resolve_resumed(typed: dict, saved: dict) -> dict:
     for key, value in typed.items():
         moved = key == "data" and not {value, saved[key]} & set(data.SETS)  # a folder, elsewhere
         if value != saved[key] and key not in MAY_CHANGE and not moved:
-            fail(
-                f"--{key.replace('_', '-')} {value} differs from the checkpoint's {saved[key]}: "
-                f"leave it out to go on, or start a new run with another --name"
-            )
+            flag = f"--{key.replace('_', '-')} {value}"
+            fail(f"{flag} differs from the checkpoint's {saved[key]}: leave it out to go on")
     pick_device(typed.get("device", saved["device"]))  # exits where it does not work here
     return {**saved, **typed}
 
