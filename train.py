@@ -366,15 +366,16 @@ def find_run(name: str | None = None) -> Path:
         if not (folder / "checkpoint.pt").exists():
             fail(f"no checkpoint in {folder}: start with python train.py --name {name}")
         return folder
-    folders = [path.parent for path in RUNS.glob("*/checkpoint.pt")]
-    folders = [folder for folder in folders if read_config(folder).get("method") == "dier"]
-    if not folders:
+    paths = RUNS.glob("*/checkpoint.pt")
+    paths = [path for path in paths if read_config(path.parent).get("method") == "dier"]
+    if not paths:
         fail(f"no run in {RUNS}/: start with python train.py")
-    return max(folders, key=lambda folder: (folder / "checkpoint.pt").stat().st_mtime)
+    return max(paths, key=lambda path: path.stat().st_mtime).parent
 
 
-def read_checkpoint(folder: Path) -> dict:
-    """The checkpoint of a run, on the CPU; exits with one line where it cannot be read."""
+def read_checkpoint(folder: Path, dier: bool = False) -> dict:
+    """The checkpoint of a run, on the CPU; exits with one line where it cannot be read, and with
+    `dier` where it is of a baseline."""
     path = folder / "checkpoint.pt"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -386,17 +387,10 @@ def read_checkpoint(folder: Path) -> dict:
     keys = {"settings", "step", "row_step", "log_size", "seconds", "sums"}
     keys |= {"raw", "ema", "optimizer", "scaler"}
     if not isinstance(saved, dict) or not keys <= saved.keys():
-        fail(
-            f"{path} is no checkpoint of this version of train.py: train anew under another --name"
-        )
-    return saved
-
-
-def read_dier(folder: Path) -> dict:
-    """The checkpoint of a run; exits where it is not DiER's but a baseline's."""
-    saved = read_checkpoint(folder)
-    if saved["settings"].get("method") != "dier":
-        fail(f"{folder} is a run of {saved['settings'].get('method')}: see appendix.baselines")
+        fail(f"{path} is not of this version of train.py: train anew under another --name")
+    method = saved["settings"].get("method")
+    if dier and method != "dier":
+        fail(f"{folder} is a run of {method}: see appendix.baselines")
     return saved
 
 
@@ -405,7 +399,7 @@ def load_model(
 ) -> tuple[nn.Module, dict]:
     """The module of a run with its "ema" or "raw" weights, in eval mode, and its checkpoint; exits
     where the run is not of DiER and `build` does not say what its settings make."""
-    saved = read_checkpoint(folder) if build else read_dier(folder)
+    saved = read_checkpoint(folder, dier=build is None)
     model = (build or build_dier)(saved["settings"])
     restore(model, saved[weights])
     return model.eval(), saved
@@ -726,7 +720,7 @@ def main(argv: list[str] | None = None) -> None:
     if name is None and ("data" in typed or not resume):
         name = Path(typed.get("data", DEFAULTS["data"])).resolve().name
     folder = find_run(name) if resume else run_folder(name)
-    saved = read_dier(folder) if resume or restarted(folder) else None
+    saved = read_checkpoint(folder, dier=True) if resume or restarted(folder) else None
     if saved:
         settings = resolve_resumed(typed, saved["settings"])
     else:
