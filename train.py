@@ -39,6 +39,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -429,13 +430,12 @@ def parameter_counts(settings: dict) -> dict[str, int]:
 def origin(command: list[str], device_name: str) -> dict:
     """Where a result comes from: the command, the commit of this code ("" outside git; "-dirty"
     with changes), versions, and the machine in words."""
-    ask = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
+    commit = ""
+    with suppress(OSError, subprocess.SubprocessError):
+        ask = ["git", "describe", "--always", "--dirty", "--exclude=*"]
         here = Path(__file__).parent
         answer = subprocess.run(ask, cwd=here, capture_output=True, text=True, timeout=10)
         commit = answer.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = ""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     versions |= {"numpy": np.__version__, "pillow": Image.__version__}
     flags = torch.cpu.get_capabilities()
@@ -471,16 +471,14 @@ MAY_CHANGE = ("epochs", "minutes", "device", "amp", "compile", "accum", "data_di
 
 
 def number(kind: type, fits: Callable[[float], bool], what: str) -> Callable[[str], Any]:
-    """An argparse type: a number of that kind for which fits(number) holds."""
+    """An argparse type: text -> a number of that kind for which fits(number) holds; raises
+    argparse's error for any other."""
 
     def parse(text: str) -> Any:
-        """The number that the text says; raises argparse's error where it is not a fit one."""
-        try:
+        with suppress(ValueError, OverflowError):
             value = kind(text)
             if math.isfinite(value) and fits(value):
                 return value
-        except (ValueError, OverflowError):
-            pass
         raise argparse.ArgumentTypeError(f"{text[:40]} is not {what}")
 
     return parse
@@ -513,19 +511,11 @@ def build_parser() -> Parser:
     add("--data", help=f"{', '.join(data.SETS)}, or a folder of images (glyphs)")
     add("--data-dir", help="sets live here (data)")
     add("--name", help="the run's folder is runs/NAME (the set's name)")
-    add(
-        "--resume",
-        action="store_true",
-        help="go on with --name, else --data's run, else the newest",
-    )
+    add("--resume", action="store_true", help="go on with --name, --data's run or the newest")
     add("--dry-run", action="store_true", help="print the settings, train nothing")
     preset = "paper: Table 4; cpu: minutes on two cores (auto: paper with CUDA, else cpu)"
     add("--preset", choices=["auto", *PRESETS], help=preset)
-    add(
-        "--minutes",
-        type=not_negative,
-        help="at most so long in one call, from its first step (0 = no limit)",
-    )
+    add("--minutes", type=not_negative, help="limit of one call, from its first step (0 = none)")
     add("--seed", type=natural, help="of weights, batches, t, eps and dropout (0)")
     add("--limit", type=natural, help="a sample of N images, equal over the classes (0 = all)")
     add("--flip", action=switch, help="random horizontal flips (on; off for digits)")
