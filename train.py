@@ -607,22 +607,16 @@ def describe(settings: dict, counts: dict[str, int], folder: Path, auto: bool) -
     small = settings["preset"] == "cpu"
     why = "no GPU: " if auto and small and not torch.cuda.is_available() else ""
     more = "; --preset paper for Table 4" if small else ""
-    total = sum(counts.values()) / 1e6
-    encoder = counts["encoder"] / 1e6
-    print(
-        f"{why}preset {settings['preset']}, {total:.1f}M parameters, of which the encoder has "
-        f"{encoder:.2f}M{more}"
-    )
+    total, encoder = sum(counts.values()) / 1e6, counts["encoder"] / 1e6
+    networks = f"{total:.1f}M parameters, of which the encoder has {encoder:.2f}M"
+    print(f"{why}preset {settings['preset']}, {networks}{more}")
     shown = {k: v for k, v in settings.items() if k not in ("class_names", "launch", "origin")}
     pairs = (f"{key}={str(value).replace(' ', '')}" for key, value in shown.items())
     print(textwrap.fill(f"{folder}: {' '.join(pairs)}", 100, subsequent_indent="  "))
-    values = settings["patch"] ** 2 * settings["channels"]  # of a patch's noise
-    lost = 1 - settings["hidden"] / values
-    if lost > 0:
-        print(
-            f"a patch's {values} values do not fit a token of {settings['hidden']}: {lost:.0%} "
-            "of the noise stays in the loss; give a smaller --patch"
-        )
+    hidden, values = settings["hidden"], settings["patch"] ** 2 * settings["channels"]
+    if hidden < values:
+        lost = f"{1 - hidden / values:.0%} of the noise of a patch stays in the loss"
+        print(f"{values} values do not fit a token of {hidden}: {lost}; give a smaller --patch")
 
 
 # ---------------------------------------------------------------------------- command line
