@@ -276,9 +276,9 @@ def open_log(folder: Path, size: int, rank: int) -> Any:
     if rank:
         return open(os.devnull, "ab", buffering=0)
     path = folder / "log.jsonl"
-    if size and path.exists():
-        os.truncate(path, min(size, path.stat().st_size))
-    return path.open("ab" if size else "wb", buffering=0)
+    path.touch()
+    os.truncate(path, min(size, path.stat().st_size))
+    return path.open("ab", buffering=0)
 
 
 def show_row(row: dict, last: int, first: int, spent: float, remaining: float, again: bool) -> None:
@@ -554,11 +554,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_amp(name: str, device: torch.device) -> str:
-    """The precision of autocast: off, bf16 or fp16.
-
-    "auto" is bf16 where the hardware multiplies it (emulated bf16 is up to a hundred times slower
-    than fp32 on a CPU), else fp16 on CUDA and off on a CPU.
-    """
+    """The precision of autocast: off, bf16 or fp16. "auto" is bf16 where the hardware multiplies it
+    (emulated it is up to a hundred times slower than fp32), else fp16 on CUDA and off on a CPU."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -625,8 +622,8 @@ def describe(settings: dict, counts: dict[str, int], folder: Path, auto: bool) -
 def join_processes(device: str) -> None:
     """Meet the other processes of torchrun: NCCL between GPUs, gloo on CPUs. Each GPU process uses
     the GPU of its number on this machine; rank 0 alone prints."""
-    rank, size, local = ranks()
-    if size == 1:
+    rank, processes, local = ranks()
+    if processes == 1:
         return
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
@@ -635,7 +632,7 @@ def join_processes(device: str) -> None:
     hour = timedelta(hours=1)
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(restarts, next(dist.rendezvous("env://", timeout=hour))[0])
-    where = {"store": store, "rank": rank, "world_size": size, "timeout": hour}
+    where = {"store": store, "rank": rank, "world_size": processes, "timeout": hour}
     dist.init_process_group("nccl" if gpu else "gloo", **where)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, stays open to the end
@@ -649,11 +646,10 @@ def this_launch() -> str | None:
 
 def restarted(folder: Path) -> bool:
     """Did torchrun start us anew after a crash of this launch, which has saved to the folder?"""
-    rank, size, _ = ranks()
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     mine = again and read_config(folder).get("launch") == this_launch()
     answer = [mine and (folder / "checkpoint.pt").exists()]
-    if size > 1:
+    if ranks()[1] > 1:
         dist.broadcast_object_list(answer, src=0)
     return answer[0]
 
