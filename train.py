@@ -259,12 +259,13 @@ def read_finite(sums: Tensor, settings: dict, since: int, step: int, folder: Pat
     values = sums.tolist()
     tenths = [k for k, loss in enumerate(values[:10]) if not math.isfinite(loss)]
     if tenths or (values[SKIPPED] and settings["amp"] != "fp16"):
+        what = "loss" if tenths else "gradient"
         where = ", ".join(f"{100 * k}-{100 * k + 99}" for k in tenths) or "any"
-        kept = folder / "checkpoint.pt"
+        path = folder / "checkpoint.pt"
+        kept = f"; {path} is the last good one" if path.exists() else ""
         fail(
-            f"the {'loss' if tenths else 'gradient'} is not finite (steps {since} to {step}, t in "
-            f"{where}, lr {settings['lr']:g}, amp {settings['amp']}): try a smaller --lr, or "
-            f"--amp off{f'; {kept} is the last good one' if kept.exists() else ''}",
+            f"the {what} is not finite (steps {since} to {step}, t in {where}, lr "
+            f"{settings['lr']:g}, amp {settings['amp']}): try a smaller --lr, or --amp off{kept}",
             NotFinite,
         )
     return values
@@ -383,7 +384,7 @@ def read_checkpoint(folder: Path, dier: bool = False) -> dict:
     except Exception as error:  # torch raises many types on a damaged or foreign file
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in data.DISK:
             raise  # a fault of the machine and not of the file
-        reason = (str(error).splitlines() or ["it is empty"])[0][:100]
+        reason = " ".join(str(error).split())[:100] or "it is empty"
         fail(f"{path} cannot be read ({reason}): delete {folder} and train again")
     keys = {"settings", "step", "row_step", "log_size", "seconds", "sums"}
     keys |= {"raw", "ema", "optimizer", "scaler"}
@@ -681,7 +682,7 @@ def guard(main: Callable[[], None]) -> None:
     except OSError as error:
         fail(f"{error.filename or 'cannot write'}: {error.strerror or error}")
     except (RuntimeError, MemoryError) as error:
-        text = (str(error).splitlines() or ["out of memory"])[0][:80]
+        text = " ".join(str(error).split())[:80] or "out of memory"
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
             os.environ["LOCAL_RANK"] = "0"  # whichever process it is, it says so
             fail(f"out of memory ({text}): try --accum 2 or more, or a smaller --batch-size")
