@@ -42,6 +42,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -471,25 +472,21 @@ DEFAULTS = {
 MAY_CHANGE = ("epochs", "minutes", "device", "amp", "compile", "accum", "data_dir")
 
 
-def number(kind: type, fits: Callable[[float], bool], what: str) -> Callable[[str], Any]:
-    """An argparse type: text -> a number of that kind for which fits(number) holds; raises
-    argparse's error for any other."""
-
-    def parse(text: str) -> Any:
-        with suppress(ValueError, OverflowError):
-            value = kind(text)
-            if math.isfinite(value) and fits(value):
-                return value
-        raise argparse.ArgumentTypeError(f"{text[:40]} is not {what}")
-
-    return parse
+def number(kind: type, fits: Callable[[float], bool], what: str, text: str) -> Any:
+    """The number of that kind in a flag's text; raises argparse's error, with `what` it has to be,
+    where fits(number) does not hold. With `partial` an argparse type."""
+    with suppress(ValueError, OverflowError):
+        value = kind(text)
+        if math.isfinite(value) and fits(value):
+            return value
+    raise argparse.ArgumentTypeError(f"{text[:40]} is not {what}")
 
 
-positive_int = number(int, lambda n: n > 0, "a whole number above 0")
-natural = number(int, lambda n: 0 <= n < 2**63, "a whole number, 0 or more, below 2^63")
-positive = number(float, lambda x: 0 < x < 1e12, "a number above 0, below 1e12")
-not_negative = number(float, lambda x: x >= 0, "a number, 0 or more")
-fraction = number(float, lambda x: 0 <= x < 1, "in [0, 1)")
+positive_int = partial(number, int, lambda n: n > 0, "a whole number above 0")
+natural = partial(number, int, lambda n: 0 <= n < 2**63, "a whole number, 0 or more, below 2^63")
+positive = partial(number, float, lambda x: 0 < x < 1e12, "a number above 0, below 1e12")
+not_negative = partial(number, float, lambda x: x >= 0, "a number, 0 or more")
+fraction = partial(number, float, lambda x: 0 <= x < 1, "in [0, 1)")
 
 
 class Parser(argparse.ArgumentParser):

@@ -19,6 +19,7 @@ Shapes: B batch, C channels, H W pixels, V length of v.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,7 @@ def timesteps(
 def build_parser() -> train.Parser:
     """Every flag, with its unit and default."""
     p = train.Parser(__doc__, prog="python -m appendix.recover")
-    steps = train.number(int, lambda n: 1 <= n <= T, f"a whole number from 1 to {T}")
+    steps = partial(train.number, int, lambda n: 1 <= n <= T, f"a whole number from 1 to {T}")
     p.add_argument("--name", help="the run in runs/NAME (the newest)")
     p.add_argument("--mode", choices=MODES, help="what to draw (recover)")
     p.add_argument("--steps", type=steps, help=f"of the chain, 1 to {T} (50)")
