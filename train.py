@@ -62,7 +62,6 @@ RUNS = Path("runs")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAVE_SECONDS = 60.0  # between two checkpoints; many processes save at the next row
 PREVIEW_SECONDS = 150.0  # between two previews, which on a CPU can cost as much as steps do
-PREVIEW_TIMES = (100, 300, 500, 700, 900)
 ROW_STEPS = 20  # a row of the log for each of the first 20 steps, then for every 20th
 # What training sums up on the device: at 0-9 the loss and at 10-19 the number of images by tenth of
 # t, then the gradient norm, the steps where it was finite, those where it was not, votes to stop.
@@ -313,7 +312,7 @@ def preview(ema: nn.Module, images: Tensor, settings: dict, abar: Tensor, path: 
     x0 = data.to_float(images[:4].to(abar.device))
     generator = torch.Generator().manual_seed(mix_seed(settings["seed"], -1))
     rows = []
-    for t in PREVIEW_TIMES:
+    for t in (100, 300, 500, 700, 900):
         eps = torch.randn(x0.shape, generator=generator).to(x0.device)
         times = torch.full((len(x0),), t, device=x0.device)
         x_t = q_sample(x0, times, eps, abar)
@@ -347,11 +346,11 @@ def catch_signals(finish_step: bool = False) -> list[int]:
 
 def read_config(folder: Path) -> dict:
     """config.json of a run; {} where there is none that can be read."""
-    try:
+    with suppress(OSError, ValueError):
         config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
+        if isinstance(config, dict):
+            return config
+    return {}
 
 
 def run_folder(name: str) -> Path:
