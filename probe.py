@@ -31,7 +31,6 @@ import time
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -180,7 +179,7 @@ def train_heads(
 
 
 def evaluate(
-    train: Tensor, test: Tensor, labels: list[Tensor], folds: Tensor, protocol: dict[str, Any]
+    train: Tensor, test: Tensor, labels: list[Tensor], folds: Tensor, protocol: dict
 ) -> dict[str, float | None]:
     """Train the heads on features (N, V), score them on (M, V) and on the folds that they did not
     see: {top1, top5 (None up to 10 classes), held_out} in percent. Of equal scores the first class
@@ -238,14 +237,12 @@ def wilson(percent: float, n: int) -> tuple[float, float]:
 # ---------------------------------------------------------------------------- the probe
 
 
-def choose(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
+def choose(rows: list[dict], key: str) -> dict:
     """The row with the largest `key`, the smallest t of equals."""
     return max(rows, key=lambda row: (row[key], -row["t"]))
 
 
-def search(
-    encoder: nn.Module, split: Split, device: torch.device, classes: int
-) -> list[dict[str, Any]]:
+def search(encoder: nn.Module, split: Split, device: torch.device, classes: int) -> list[dict]:
     """Find the t whose v_t says most about the class, on a twelfth of the training images, 800 to
     3,000 if there are so many: every 125th t and the last, then both neighbours of the best so far,
     ever closer, down to 15. Prints and returns rows {t, images, accuracy, explained, seconds}.
@@ -262,7 +259,7 @@ def search(
     labels = torch.from_numpy(split.labels[index]).to(device)
     y = F.one_hot(labels, classes).float()  # (n, K)
     y = y - y.mean(0)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict] = []
     step, times = STEP, [*range(0, T, STEP), T - 1]
     print("\n   t  images  accuracy  explained", flush=True)
     while step >= FINEST:
@@ -285,7 +282,7 @@ def search(
     return rows
 
 
-def untrained_encoder(settings: dict[str, Any], random: bool) -> nn.Module:
+def untrained_encoder(settings: dict, random: bool) -> nn.Module:
     """An encoder that was never trained. At initialisation the last convolution of each residual
     branch is zero, so its branches are off; `random` re-initialises those too."""
     torch.manual_seed(settings["seed"])
@@ -302,9 +299,9 @@ def probe(
     times: list[int],
     splits: tuple[Split, Split],
     device: torch.device,
-    protocol: dict[str, Any],
+    protocol: dict,
     export: Path | None = None,
-) -> dict[str, Any]:
+) -> dict:
     """The whole protocol at each of the times for an encoder that maps images (B, C, H, W) and t
     (B,) to v (B, V); prints a row as soon as it is known. Then scores `floors`, more such encoders,
     at the chosen t. Returns what probe.json holds, but for its name.
@@ -321,7 +318,7 @@ def probe(
         kinds = zip(splits, ("train", "test"))
         return [encode(encoder, x.images, t, device, f"{what} of {kind}") for x, kind in kinds]
 
-    def score(train: Tensor, test: Tensor) -> dict[str, Any]:
+    def score(train: Tensor, test: Tensor) -> dict:
         """What a row says of features (N, V) and (M, V)."""
         if protocol["norm"] == "std":
             train, test = standardise(train, test)
@@ -359,7 +356,7 @@ def write_arrays(archive: zipfile.ZipFile, arrays: dict[str, Tensor]) -> None:
             np.lib.format.write_array(file, array.cpu().numpy())
 
 
-def print_summary(result: dict[str, Any]) -> None:
+def print_summary(result: dict) -> None:
     """Print the choice of t, the oracle, the floors and the protocol of what `probe` returns."""
     n_train, n_test, p = result["n_train"], result["n_test"], result["protocol"]
     top1 = result["test_top1"]
@@ -429,7 +426,7 @@ def parse_times(text: str) -> list[int] | str:
     return sorted({int(part) for part in parts})
 
 
-def standard_protocol(settings: dict[str, Any]) -> dict[str, Any]:
+def standard_protocol(settings: dict) -> dict:
     """The protocol, a flag each: epochs and rate of Sec. A.2; std and ema are chosen here."""
     return {
         "data": settings["data"],
@@ -441,7 +438,7 @@ def standard_protocol(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def result_path(folder: Path, typed: dict[str, Any], standard: dict[str, Any]) -> Path:
+def result_path(folder: Path, typed: dict, standard: dict) -> Path:
     """probe.json for the standard sweep; a flag unlike its default adds its name and value."""
     words = ["probe"]
     for key in ("t", "data", "limit", "norm", "epochs", "lr", "weights"):

@@ -113,7 +113,7 @@ def label_loss(net: nn.Module, x0: Tensor, labels: Tensor, *_: Tensor) -> Tensor
     return F.cross_entropy(net(x0).float(), labels, reduction="none")
 
 
-def labels_by_step(split: data.Split, settings: dict[str, Any], step: int) -> Callable[..., Tensor]:
+def labels_by_step(split: data.Split, settings: dict, step: int) -> Callable[..., Tensor]:
     """`label_loss` for train.py's loop, which hands no labels over: which images a step takes
     follows from seed and step, so they are counted from `step` on."""
     labels = torch.from_numpy(split.labels).to(train.pick_device(settings["device"]))
@@ -153,13 +153,13 @@ TIMELESS = ("dier-notime", "dier-unet-notime", "diffae", "mae", "lmim", "lmim-sw
 TIMELESS += ("mage", "supervised", "untrained", "pca", "pixels")
 
 
-def method_settings(name: str, typed: dict[str, Any]) -> dict[str, Any]:
+def method_settings(name: str, typed: dict) -> dict:
     """Every setting of a run of METHODS or FLOORS, as train.py resolves what was typed. The sizes
     of other networks than DiER's are not among them: their files have a table each."""
     return train.resolve(typed) | {"method": name}
 
 
-def build(name: str, settings: dict[str, Any]) -> nn.Module:
+def build(name: str, settings: dict) -> nn.Module:
     """The module of a method; exits where its sizes do not fit."""
     try:
         return METHODS[name][0](settings)
@@ -178,7 +178,7 @@ def convolution_backward_flops(
     return 2 * x[0] * places * math.prod(weight) * sum(wanted[:2])
 
 
-def flops_per_image(name: str, settings: dict[str, Any]) -> int:
+def flops_per_image(name: str, settings: dict) -> int:
     """Floating point operations of forward and backward for one training image, counted on the meta
     device, where tensors have shapes and no numbers."""
     with torch.device("meta"):
@@ -215,7 +215,7 @@ class PCA(probe.Pixels):
             return (super().forward(x0, t) - self.mean) @ self.components
 
 
-def floor_encoder(name: str, settings: dict[str, Any], split: data.Split) -> nn.Module:
+def floor_encoder(name: str, settings: dict, split: data.Split) -> nn.Module:
     """The encoder of a row of FLOORS; `split` has the training images of the probe."""
     if name == "pixels":
         return probe.Pixels()
@@ -236,9 +236,9 @@ class Table:
     split: data.Split  # trains
     probed: tuple[data.Split, data.Split]  # samples of both splits, which the probe sees
     epochs: float  # of every method
-    origin: dict[str, Any]  # where the results come from
+    origin: dict  # where the results come from
 
-    def folder(self, settings: dict[str, Any], more: str = "") -> Path:
+    def folder(self, settings: dict, more: str = "") -> Path:
         """The run of a method and seed, with its config.json; exits with one line where that folder
         holds a run of other settings."""
         name = f"{self.path.stem}-{settings['method']}-{settings['seed']}{more}"
@@ -248,7 +248,7 @@ class Table:
         return folder
 
 
-def refuse_other(folder: Path, settings: dict[str, Any]) -> None:
+def refuse_other(folder: Path, settings: dict) -> None:
     """Exit with one line where a folder holds a run of other settings."""
     config = train.read_config(folder)
     for key, value in settings.items():
@@ -259,7 +259,7 @@ def refuse_other(folder: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def train_run(table: Table, settings: dict[str, Any], folder: Path, share: float) -> None:
+def train_run(table: Table, settings: dict, folder: Path, share: float) -> None:
     """Train the method of the settings for a share of their epochs, or go on with its run in that
     folder. Exits after saving where a signal stops it."""
     name, settings = settings["method"], {**settings, "epochs": share * settings["epochs"]}
@@ -280,9 +280,7 @@ def train_run(table: Table, settings: dict[str, Any], folder: Path, share: float
         raise SystemExit(128 + stopped)
 
 
-def probe_encoder(
-    table: Table, settings: dict[str, Any], encoder: nn.Module, step: int
-) -> dict[str, Any]:
+def probe_encoder(table: Table, settings: dict, encoder: nn.Module, step: int) -> dict:
     """What probe.py's protocol gives, at the few t of a table: all that `probe.probe` returns."""
     protocol = probe.standard_protocol(settings) | {"limit": LABELS}
     protocol |= {"classes": len(settings["class_names"]), "step": step}
@@ -291,7 +289,7 @@ def probe_encoder(
     return probe.probe(encoder, {}, times, table.probed, device, protocol)
 
 
-def scores(result: dict[str, Any]) -> dict[str, Any]:
+def scores(result: dict) -> dict:
     """{chosen_t, top1, held_out, knn, oracle, probe} of what `probe.probe` returns."""
     chosen = probe.choose(result["rows"], "held_out")
     found = {key: chosen[key] for key in ("top1", "held_out", "knn")}
@@ -299,7 +297,7 @@ def scores(result: dict[str, Any]) -> dict[str, Any]:
     return found | {"probe": result["rows"]}
 
 
-def run_stage(table: Table, settings: dict[str, Any], folder: Path, share: float) -> dict[str, Any]:
+def run_stage(table: Table, settings: dict, folder: Path, share: float) -> dict:
     """Train a run up to a share of its epochs and probe it there, or read that from its folder:
     {epochs, images_seen, seconds} and `scores`."""
     path = folder / f"stage-{share:g}.json"
@@ -315,7 +313,7 @@ def run_stage(table: Table, settings: dict[str, Any], folder: Path, share: float
     return row
 
 
-def screen_rates(table: Table, settings: dict[str, Any]) -> dict[str, float]:
+def screen_rates(table: Table, settings: dict) -> dict[str, float]:
     """Held-out accuracy of each learning rate after a tenth of the epochs, seed 0, the best first:
     {"0.001": percent}, 0 where the loss was not finite."""
     found: dict[float, float] = {}
@@ -339,7 +337,7 @@ def screen_rates(table: Table, settings: dict[str, Any]) -> dict[str, float]:
     return {f"{rate:g}": found[rate] for rate in sorted(found, key=found.get, reverse=True)}
 
 
-def tokenizer_run(table: Table, settings: dict[str, Any]) -> Path:
+def tokenizer_run(table: Table, settings: dict) -> Path:
     """The folder of the tokenizer for the seed of the settings, trained for a tenth of the table's
     epochs and checked on test images; it has cell.json and reconstruction.png."""
     changed = {"method": "tokenizer", "lr": TOKENIZER_RATE, "epochs": SCREEN * table.epochs}
@@ -364,7 +362,7 @@ def tokenizer_run(table: Table, settings: dict[str, Any]) -> Path:
     return folder
 
 
-def cost(name: str, settings: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+def cost(name: str, settings: dict, saved: dict) -> dict:
     """What a training took: {seconds, images_seen, images_per_s, flops_per_image, flops}."""
     seen, flops = saved["step"] * settings["batch_size"], flops_per_image(name, settings)
     found = {"seconds": saved["seconds"], "images_seen": seen}
@@ -377,7 +375,7 @@ def count_parameters(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def run_cell(table: Table, settings: dict[str, Any]) -> dict[str, Any]:
+def run_cell(table: Table, settings: dict) -> dict:
     """Screen the rate, train and probe; or read the cell from its folder, which holds it from then
     on."""
     name, seed = settings["method"], settings["seed"]
@@ -409,7 +407,7 @@ def run_cell(table: Table, settings: dict[str, Any]) -> dict[str, Any]:
     return cell
 
 
-def run_floor(table: Table, settings: dict[str, Any]) -> dict[str, Any]:
+def run_floor(table: Table, settings: dict) -> dict:
     """Probe a floor, or read its cell from its folder."""
     settings = {**settings, "lr": None}
     path = table.folder(settings) / "cell.json"
@@ -426,7 +424,7 @@ def run_floor(table: Table, settings: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------- the table
 
 
-def make_rows(cells: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+def make_rows(cells: list[dict], name: str) -> list[dict]:
     """A row for each method that has a cell, in the order of METHODS and FLOORS; means over the
     seeds, with the paper's number for the set of that name."""
     paper = {key: row.get(name) for key, row in json.loads(PAPER.read_text())["table1"].items()}
@@ -435,7 +433,7 @@ def make_rows(cells: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
         own = [cell for cell in cells if cell["method"] == method]
         if not own:
             continue
-        row: dict[str, Any] = {"method": method, "seeds": len(own)}
+        row: dict = {"method": method, "seeds": len(own)}
         for key in ("parameters", "encoder_parameters", "flops_per_image"):
             row[key] = own[0].get(key)  # alike for all seeds
         for key in ("width", "seconds", "flops", "images_seen", "lr", "top1", "oracle", "knn"):
@@ -446,7 +444,7 @@ def make_rows(cells: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def print_rows(rows: list[dict[str, Any]]) -> None:
+def print_rows(rows: list[dict]) -> None:
     """The table as text, - where a method has no such number."""
     columns = {  # heading -> (key, unit, format)
         "M params": ("parameters", 1e6, ".2f"),
@@ -470,7 +468,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         print(f"{row['method']:16}" + "".join(f"{text:>10}" for text in texts))
 
 
-def write_table(table: Table, common: dict[str, Any], seeds: int) -> list[dict[str, Any]]:
+def write_table(table: Table, common: dict, seeds: int) -> list[dict]:
     """Write the table's file with all cells that are there, of this command or another; returns its
     rows."""
     keys = ("data", "preset", "size", "epochs", "batch_size", "device", "amp", "images")

@@ -52,7 +52,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 # ---------------------------------------------------------------------------- the two sides
 
 
-def random_pixels(settings: dict[str, Any]) -> np.ndarray:
+def random_pixels(settings: dict) -> np.ndarray:
     """Four batches of uint8 images (4 B, C, S, S)."""
     shape = (4 * settings["batch_size"], settings["channels"], settings["size"], settings["size"])
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
@@ -61,7 +61,7 @@ def random_pixels(settings: dict[str, Any]) -> np.ndarray:
 class Program:
     """train.py's loop on random pixels; each turn trains on, as a run that begins anew."""
 
-    def __init__(self, settings: dict[str, Any], folder: Path):
+    def __init__(self, settings: dict, folder: Path):
         self.settings, self.folder = settings, folder
         self.net, self.pixels = train.build_dier(settings), random_pixels(settings)
 
@@ -86,7 +86,7 @@ class Program:
 class Reference:
     """The same steps written plainly."""
 
-    def __init__(self, settings: dict[str, Any], _: Path):
+    def __init__(self, settings: dict, _: Path):
         self.settings, self.device = settings, torch.device(settings["device"])
         self.pixels = on_device(random_pixels(settings), self.device)
         net = PlainDiER(train.model_config(settings)).to(self.device).train()
@@ -126,9 +126,7 @@ def memory(line: str) -> int:
         return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def work(
-    pipe: Connection, side: type, settings: dict[str, Any], folder: Path, threads: int
-) -> None:
+def work(pipe: Connection, side: type, settings: dict, folder: Path, threads: int) -> None:
     """A process of its own: takes a turn of n whenever told n; at 0 tells its memory and ends."""
     torch.set_num_threads(threads)
     device = torch.device(settings["device"])
@@ -155,7 +153,7 @@ def ask(pipe: Connection, process: BaseProcess, n: int) -> Any:
     fail("a measuring process ended early (out of memory?): try a smaller --batch-size")
 
 
-def sides_of(settings: dict[str, Any]) -> dict[str, tuple[type, dict[str, Any]]]:
+def sides_of(settings: dict) -> dict[str, tuple[type, dict]]:
     """What is measured: {name: (side, its settings)}; the program's name is its precision. Where
     no --amp was typed it runs in fp32 and in what train.py would take."""
     amps = {settings["amp"]}
@@ -167,10 +165,10 @@ def sides_of(settings: dict[str, Any]) -> dict[str, tuple[type, dict[str, Any]]]
     return sides
 
 
-def take_turns(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def take_turns(settings: dict) -> dict[str, dict]:
     """Measure all sides -> {name: {"times": seconds a step, "peak": bytes}}."""
     context, workers, counts = multiprocessing.get_context("spawn"), {}, {}
-    result: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
             for name, (side, own) in sides_of(settings).items():
@@ -247,7 +245,7 @@ def speed(times: list[float], batch: int) -> dict[str, float]:
     return {"images_per_s": middle, "quartile_1": low, "quartile_3": high, "samples": len(times)}
 
 
-def compare(settings: dict[str, Any]) -> dict[str, Any]:
+def compare(settings: dict) -> dict:
     """Everything about one preset: the program beside the plain reference."""
     keys = ("preset", "data", "size", "batch_size", "device")
     result = {key: settings[key] for key in keys}
@@ -274,7 +272,7 @@ def precision(name: str) -> str:
     return "fp32" if name == "reference" else name
 
 
-def print_report(r: dict[str, Any]) -> None:
+def print_report(r: dict) -> None:
     """The report as a person reads it."""
     dit, encoder = r["parameters"]["dit"], r["parameters"]["encoder"]
     print(

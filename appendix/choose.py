@@ -28,7 +28,6 @@ import statistics
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +90,7 @@ def pick_images(split: Split, n: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def measure(model: DiER, x0: Tensor, t: int, abar: Tensor) -> dict[str, Any]:
+def measure(model: DiER, x0: Tensor, t: int, abar: Tensor) -> dict:
     """The gain of v at one t, in full precision: a row of images x0 (N, C, H, W). Each image is
     denoised twice from the same x_t, with its own v and with that of the image before."""
     v = torch.cat([encode(model, part, t) for part in x0.split(BLOCK)])  # (N, V)
@@ -135,8 +134,8 @@ def draw_few(labels: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
 
 
 def few_labels(
-    model: DiER, settings: dict[str, Any], splits: tuple[Split, Split], t: int, device: torch.device
-) -> list[dict[str, Any]]:
+    model: DiER, settings: dict, splits: tuple[Split, Split], t: int, device: torch.device
+) -> list[dict]:
     """Accuracy of a ridge classifier with few labelled images, on v_t, on that of an encoder with
     random weights, and on raw pixels: rows {features, each, accuracy, std, draws} on 4,000 test
     images at most. Features are standardised by all images ever drawn, which takes no label."""
@@ -167,7 +166,7 @@ def few_labels(
 # ---------------------------------------------------------------------------- command line
 
 
-def print_rows(rows: list[dict[str, Any]]) -> None:
+def print_rows(rows: list[dict]) -> None:
     """The table over t."""
     print("\n   t       snr   MSE, own v  another's     gain +-")
     for row in rows:
@@ -177,7 +176,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def print_few(rows: list[dict[str, Any]], t: int) -> None:
+def print_few(rows: list[dict], t: int) -> None:
     """Accuracy with few labels, features by images a class."""
     each = sorted({row["each"] for row in rows})
     print(f"\nlabelled images a class{''.join(f'{n:>14}' for n in each)}")
@@ -218,9 +217,7 @@ def build_parser() -> Parser:
     return p
 
 
-def open_run(
-    typed: dict[str, Any], device: torch.device
-) -> tuple[Path, DiER, dict[str, Any], tuple[Split, Split]]:
+def open_run(typed: dict, device: torch.device) -> tuple[Path, DiER, dict, tuple[Split, Split]]:
     """The run's folder, its networks, its checkpoint and the images; exits where one of them does
     not allow what the flags ask for."""
     folder = find_run(typed.get("name"))
@@ -239,7 +236,7 @@ def open_run(
     return folder, model.to(device), saved, splits
 
 
-def next_command(typed: dict[str, Any], t: int, labelled: bool) -> str:
+def next_command(typed: dict, t: int, labelled: bool) -> str:
     """What makes use of t: the probe, or without labels an export, which finds the same t."""
     words = ["probe.py", "--t", str(t)] if labelled else ["-m", "appendix.choose"]
     for key in ("name", "data", "data_dir", "device"):

@@ -14,7 +14,6 @@ D width, G cells a side.
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -165,7 +164,7 @@ TABLE = {
 # fmt: on
 
 
-def build_dmjd(settings: dict[str, Any]) -> DMJD:
+def build_dmjd(settings: dict) -> DMJD:
     """DMJD in the sizes of the settings; raises ValueError where they do not fit."""
     depth, strides, widths, ratio, *decoder = TABLE[f"{settings['preset']} {settings['row']}"]
     own = {"patch": math.prod(strides), "hidden": widths[2], "depth": depth}

@@ -22,7 +22,6 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -60,11 +59,11 @@ class Run:
     """What the figures need of a run's folder."""
 
     folder: Path
-    settings: dict[str, Any]
-    log: list[dict[str, Any]]  # rows of log.jsonl
-    probe: dict[str, Any] | None  # probe.json, None where there is none
-    gain: list[dict[str, Any]]  # rows of choose.json
-    few: list[dict[str, Any]]  # rows of few.json
+    settings: dict
+    log: list[dict]  # rows of log.jsonl
+    probe: dict | None  # probe.json, None where there is none
+    gain: list[dict]  # rows of choose.json
+    few: list[dict]  # rows of few.json
 
     @property
     def name(self) -> str:
@@ -87,7 +86,7 @@ class Run:
         return METHODS[self.settings["method"]][1] is dier_loss
 
 
-def read_json(text: str) -> dict[str, Any] | None:
+def read_json(text: str) -> dict | None:
     """The object that a JSON text holds, None where it is damaged."""
     try:
         value = json.loads(text)

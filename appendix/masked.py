@@ -16,7 +16,6 @@ G cells a side.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -323,7 +322,7 @@ TABLE = {
 # fmt: on
 
 
-def vit_config(settings: dict[str, Any]) -> ViTConfig:
+def vit_config(settings: dict) -> ViTConfig:
     """The row for the settings' preset and row, at their size and channels."""
     row = TABLE[f"{settings['preset']} {settings['row']}"]
     return ViTConfig(settings["size"], settings["channels"], *row)

@@ -42,7 +42,7 @@ MEAN_SAMPLE, BLOCK = 2_000, 25  # training images whose mean v_t stands for that
 # ---------------------------------------------------------------------------- walking the chain
 
 
-def build_method(settings: dict[str, Any]) -> nn.Module:
+def build_method(settings: dict) -> nn.Module:
     """The networks of a run's method; exits where it does not predict the noise."""
     method = settings["method"]
     if METHODS.get(method, (None, None))[1] is not dier_loss:

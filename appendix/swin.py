@@ -13,7 +13,7 @@ Shapes: B batch, C channels, H W pixels, N tokens, M of them visible, D width, W
 L tokens.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -186,7 +186,7 @@ TABLE = {
 # fmt: on
 
 
-def swin_config(settings: dict[str, Any]) -> SwinConfig:
+def swin_config(settings: dict) -> SwinConfig:
     """The row for the settings' preset and row, at their size and channels."""
     row = TABLE[f"{settings['preset']} {settings['row']}"]
     return SwinConfig(settings["size"], settings["channels"], *row)

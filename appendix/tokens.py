@@ -16,7 +16,6 @@ D width, K codes, E width of a code, G cells a side.
 
 import math
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -379,21 +378,21 @@ TABLE = {
 # fmt: on
 
 
-def table_row(settings: dict[str, Any]) -> tuple:
+def table_row(settings: dict) -> tuple:
     """The sizes (tokenizer, CAE, MAGE) of the settings' preset and row."""
     return TABLE[f"{settings['preset']} {settings['row']}"]
 
 
-def build_tokenizer(settings: dict[str, Any]) -> Tokenizer:
+def build_tokenizer(settings: dict) -> Tokenizer:
     """The tokenizer in the sizes of the settings. These and others raise ValueError."""
     return Tokenizer(vit_config(settings), *table_row(settings)[0])
 
 
-def build_cae(settings: dict[str, Any]) -> CAE:
+def build_cae(settings: dict) -> CAE:
     """CAE; a trained tokenizer's weights go into its `tokenizer`."""
     return CAE(vit_config(settings), build_tokenizer(settings), table_row(settings)[1])
 
 
-def build_mage(settings: dict[str, Any]) -> MAGE:
+def build_mage(settings: dict) -> MAGE:
     """MAGE; a trained tokenizer's weights go into its `tokenizer`."""
     return MAGE(vit_config(settings), build_tokenizer(settings), *table_row(settings)[2])

@@ -15,7 +15,6 @@ Shapes: B batch, C channels, H W pixels, E width of the time embedding, Z length
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -251,14 +250,14 @@ class UNetMethod(nn.Module):
         return self.unet(x_t, t, self.encoder(x0, t))
 
 
-def build_diffae(settings: dict[str, Any]) -> UNetMethod:
+def build_diffae(settings: dict) -> UNetMethod:
     """Diff-AE in the sizes of Table 5. Raises ValueError where they do not fit the images."""
     cfg = unet_config(settings)
     encoder = VectorEncoder(cfg)  # the first to draw its weights
     return UNetMethod(encoder, UNet(cfg, DIFFAE_V))
 
 
-def build_dier_unet(settings: dict[str, Any], encoder: type[Encoder] = Encoder) -> UNetMethod:
+def build_dier_unet(settings: dict, encoder: type[Encoder] = Encoder) -> UNetMethod:
     """DiER's encoder in its own sizes, or a child of it, and the U-Net of Table 5. Raises
     ValueError where they do not fit the images."""
     first = encoder(model_config(settings))  # the first to draw its weights
@@ -285,7 +284,7 @@ TABLE = {
 # fmt: on
 
 
-def unet_config(settings: dict[str, Any]) -> UNetConfig:
+def unet_config(settings: dict) -> UNetConfig:
     """The row of Table 5 for the settings' preset and row, at their size and channels."""
     row = TABLE[f"{settings['preset']} {settings['row']}"]
     return UNetConfig(settings["size"], settings["channels"], *row)
