@@ -632,12 +632,8 @@ def decode_once(items: list, size: int, channels: int, what: str, cache: Path) -
         else:
             key.update(item.tobytes())
     path = cache / f"{what}-{size}-{key.hexdigest()[:16]}.npy"
-    try:
-        kept = np.load(path, mmap_mode="r")
-        if kept.shape == shape and kept.dtype == np.uint8:
-            return kept
-    except (OSError, ValueError, EOFError):
-        pass  # not there, or cut short
+    with suppress(OSError, ValueError, EOFError):  # it is not there, or cut short
+        return np.load(path, mmap_mode="r")
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
