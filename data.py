@@ -371,11 +371,6 @@ LeftOut = dict[str, list[str]]  # reason -> files
 Found = tuple[Split, Split, LeftOut]  # train, test
 
 
-def is_image(file: str) -> bool:
-    """Does the name end like that of an image, in any case?"""
-    return os.path.splitext(file)[1].lower() in SUFFIXES
-
-
 def split_80_20(pictures: list[Picture]) -> list[Picture]:
     """Deterministic 80/20 split: in each class, the fifth of the files with the smallest name hash
     is the test set. Without classes nothing is probed, so these train as well."""
@@ -401,7 +396,7 @@ def list_own(files: list[str], left_out: LeftOut) -> list[Picture]:
         if has_train:
             split = folders.pop(0).lower() if folders else ""
         split = "train" if split in TRAIN else split
-        if not is_image(file):
+        if Path(file).suffix.lower() not in SUFFIXES:
             left_out["of an unread suffix"].append(file)
         elif split not in splits:
             left_out["outside train and test"].append(file)
@@ -436,7 +431,7 @@ def match(pattern: str, files: list[str]) -> tuple[str, list[re.Match]]:
 
 def list_named(name: str, folder: Path, files: list[str], left_out: LeftOut) -> list[Picture]:
     """The pictures of tiny-imagenet, bccd or oct2017; adds other images to left_out."""
-    files = [file for file in files if is_image(file)]
+    files = [file for file in files if Path(file).suffix.lower() in SUFFIXES]
     root, matches = match(PATTERNS[name], files)
     pictures = []
     for m in matches:
