@@ -368,7 +368,7 @@ class Picture(NamedTuple):
 
 
 LeftOut = dict[str, list[str]]  # reason -> files
-Found = tuple[Split, Split, LeftOut]  # train, test
+Found = tuple[Split, Split, str]  # train, test, and a text on what was left out
 
 
 def split_80_20(pictures: list[Picture]) -> list[Picture]:
@@ -462,15 +462,10 @@ def label_val_images(notes: Path, pictures: list[Picture]) -> list[Picture]:
     return [p for p in labelled if p.label in known]
 
 
-def describe_left_out(left_out: LeftOut) -> str:
-    """ "; left out: 3 too deep (a/b/c/1.png)": how many files, with the first as example."""
-    parts = [f"{len(files):,} {why} ({files[0]})" for why, files in left_out.items() if files]
-    return f"; left out: {', '.join(parts)}" if parts else ""
-
-
 def read_folder(name: str, folder: Path) -> Found | None:
-    """Both splits of a folder of images, undecoded, and the files left out; None where a named set
-    is not there.
+    """Both splits of a folder of images, undecoded, and what was left out, as "; left out: 3 too
+    deep (a/b/c/1.png)": how many files, with the first as example. None where a named set is not
+    there.
 
     Groups (source pictures, patients) are numbered over both splits, classes by name (those of
     tiny-imagenet in the order of wnids.txt). Exits where a user's folder has no image, where a
@@ -480,15 +475,16 @@ def read_folder(name: str, folder: Path) -> Found | None:
     files = list(list_files(folder))
     if name in SETS:
         pictures = list_named(name, folder, files, left_out)
-        if not pictures:
-            return None
-    else:
-        if not folder.is_dir():
-            fail(f"{name!r} is no folder of images and none of {', '.join(SETS)}")
+    elif folder.is_dir():
         pictures = list_own(files, left_out)
-        if not pictures:
-            what = f"no images in {name}{describe_left_out(left_out)}"
-            fail(f"{what}: the layouts are at the top of data.py")
+    else:
+        fail(f"{name!r} is no folder of images and none of {', '.join(SETS)}")
+    parts = [f"{len(files):,} {why} ({files[0]})" for why, files in left_out.items() if files]
+    said = f"; left out: {', '.join(parts)}" if parts else ""
+    if not pictures:
+        if name in SETS:
+            return None
+        fail(f"no images in {name}{said}: the layouts are at the top of data.py")
     classes = list(dict.fromkeys(p.label for p in pictures if p.label and p.split == "train"))
     unknown = sorted({p.label for p in pictures if p.label} - set(classes))
     if unknown:
@@ -504,7 +500,7 @@ def read_folder(name: str, folder: Path) -> Found | None:
         labels = np.array([classes.index(pictures[k].label) for k in mine]) if classes else None
         groups = numbers[mine] if pictures[0].group else None
         splits.append(Split(paths, labels, groups, classes))
-    return *splits, left_out
+    return *splits, said
 
 
 def read_set(name: str, folder: Path) -> Found | None:
@@ -516,14 +512,14 @@ def read_set(name: str, folder: Path) -> Found | None:
         both = [read_cifar(name, folder, split) for split in ("train", "test")]
     else:
         return read_folder(name, folder)
-    return None if None in both else (*both, {})
+    return None if None in both else (*both, "")
 
 
 def open_set(name: str, data_dir: Path) -> Found:
-    """Both splits of any set, undecoded, and the files left out; downloads and unpacks what has to
+    """Both splits of any set, undecoded, and what was left out; downloads and unpacks what has to
     be. Exits where the set is not found."""
     if name == "glyphs":
-        return draw_glyphs("train"), draw_glyphs("test"), {}
+        return draw_glyphs("train"), draw_glyphs("test"), ""
     if name not in SETS:
         return read_folder(name, Path(name))
     folder = data_dir / name
@@ -671,7 +667,7 @@ def load(
     classes = len(splits[0].class_names)
     counts = " + ".join(f"{len(split.images):,}" for split in splits)
     line = f"{title}: {counts} images (train + test), {classes or 'no'} classes"
-    print(line + describe_left_out(left_out), flush=True)
+    print(line + left_out, flush=True)
     chosen = [sample(split.labels, len(split.images), limit, seed) for split in splits]
     used = [len(index) for index in chosen]
     if sum(used) < sum(len(split.images) for split in splits):
