@@ -95,10 +95,10 @@ BY_HAND = {
     "oct2017": "OCT2017 from https://data.mendeley.com/datasets/rscbjbr9sj/2",
 }
 PATTERNS = {  # where the images of a set lie; root is whatever the archive's maker put around it
-    "tiny-imagenet": r"(?P<root>.*/)?(?P<split>train|val)/(?:(?P<label>n\d+)/)?(?:images/)?[^/]+",
-    "bccd": r"(?P<root>.*/)?images/"
+    "tiny-imagenet": r"(?P<root>(.*/)?)(?P<split>train|val)/((?P<label>n\d+)/)?(images/)?[^/]+",
+    "bccd": r"(?P<root>(.*/)?)images/"
     r"(?P<group>(?P<split>TRAIN|TEST)/(?P<label>[A-Z]+)/_\d+)_\d+\.\w+",
-    "oct2017": r"(?P<root>(?!.*chest_xray/).*/)?"  # chest_xray: beside OCT in ZhangLabData
+    "oct2017": r"(?P<root>((?!.*chest_xray/).*/)?)"  # chest_xray: beside OCT in ZhangLabData
     r"(?P<split>train|test)/(?P<label>[A-Z]+)/[A-Z]+-(?P<group>\d+)-\d+\.\w+",
 }
 TRAIN = ("train", "training")  # names of a split's folder
@@ -421,18 +421,13 @@ def list_own(files: list[str], left_out: LeftOut) -> list[Picture]:
     return sorted(pictures, key=lambda p: (p.label or "", p.file))
 
 
-def match(pattern: str, files: list[str]) -> tuple[str, list[re.Match]]:
-    """(root, matches): the files whose whole path matches. Kaggle's archives hold some sets twice:
-    those with the shortest root count."""
-    found = [m for m in (re.fullmatch(pattern, file, re.IGNORECASE) for file in files) if m]
-    root = min((m["root"] or "" for m in found), key=len, default="")
-    return root, [m for m in found if (m["root"] or "") == root]
-
-
 def list_named(name: str, folder: Path, files: list[str], left_out: LeftOut) -> list[Picture]:
-    """The pictures of tiny-imagenet, bccd or oct2017; adds other images to left_out."""
+    """The pictures of tiny-imagenet, bccd or oct2017; adds other images to left_out. Kaggle's
+    archives hold some sets twice: the files with the shortest root count."""
     files = [file for file in files if Path(file).suffix.lower() in SUFFIXES]
-    root, matches = match(PATTERNS[name], files)
+    matches = [re.fullmatch(PATTERNS[name], file, re.IGNORECASE) for file in files]
+    root = min((m["root"] for m in matches if m), key=len, default="")
+    matches = [m for m in matches if m and m["root"] == root]
     pictures = []
     for m in matches:
         split = "train" if m["split"].lower() == "train" else "test"
