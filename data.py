@@ -432,8 +432,12 @@ def list_named(name: str, folder: Path, files: list[str], left_out: LeftOut) -> 
     for m in matches:
         split = "train" if m["split"].lower() == "train" else "test"
         pictures.append(Picture(m.string, split, m["label"], m.groupdict().get("group")))
-    if name == "tiny-imagenet":
-        pictures = label_val_images(folder / root / "val/val_annotations.txt", pictures)
+    if name == "tiny-imagenet":  # of val/images a file names the classes; train has to have them
+        lines = read_lines(folder / root / "val/val_annotations.txt")
+        labels = dict(line.split("\t")[:2] for line in lines if "\t" in line)
+        known = {p.label for p in pictures if p.split == "train"}
+        pictures = [p._replace(label=p.label or labels.get(Path(p.file).name)) for p in pictures]
+        pictures = [p for p in pictures if p.label in known]
     used = {p.file for p in pictures}
     splits = {m["split"].lower() for m in matches}
     for file in (file for file in files if file not in used):
@@ -446,15 +450,6 @@ def list_named(name: str, folder: Path, files: list[str], left_out: LeftOut) -> 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file; none where it is not there."""
     return path.read_text(errors="replace").splitlines() if path.is_file() else []
-
-
-def label_val_images(notes: Path, pictures: list[Picture]) -> list[Picture]:
-    """Tiny-ImageNet's pictures, those of val/images with their class of val_annotations.txt; only
-    of classes that train has."""
-    labels = dict(line.split("\t")[:2] for line in read_lines(notes) if "\t" in line)
-    known = {p.label for p in pictures if p.split == "train"}
-    labelled = [p._replace(label=p.label or labels.get(Path(p.file).name)) for p in pictures]
-    return [p for p in labelled if p.label in known]
 
 
 def read_folder(name: str, folder: Path) -> Found | None:
