@@ -389,35 +389,32 @@ def split_80_20(pictures: list[Picture]) -> list[Picture]:
 def list_own(files: list[str], left_out: LeftOut) -> list[Picture]:
     """The pictures of a user's folder; adds what is not used to left_out, by reason."""
     has_train = any(file.split("/")[0].lower() in TRAIN for file in files if "/" in file)
-    splits: dict[str, list[Picture]] = {split: [] for split in ("train", *TEST)}
+    found = []
     for file in files:
-        *folders, _ = file.split("/")
-        split = "train"
-        if has_train:
-            split = folders.pop(0).lower() if folders else ""
+        *folders, _ = (file if has_train else f"train/{file}").split("/")
+        split = folders.pop(0).lower() if folders else ""
         split = "train" if split in TRAIN else split
         if Path(file).suffix.lower() not in SUFFIXES:
             left_out["of an unread suffix"].append(file)
-        elif split not in splits:
+        elif split not in ("train", *TEST):
             left_out["outside train and test"].append(file)
         elif len(folders) > 1:
             left_out["too deep"].append(file)
         else:
-            splits[split].append(Picture(file, "train", folders[0] if folders else None))
-    labelled = len({p.label for p in splits["train"]} - {None}) > 1  # one folder is no class
-    for split, pictures in splits.items():
-        if labelled:
-            left_out["without a class folder"] += [p.file for p in pictures if not p.label]
-            splits[split] = [p for p in pictures if p.label]
-        else:
-            splits[split] = [p._replace(label=None) for p in pictures]
-    tests = [split for split in TEST if splits[split]]
-    for split in tests[1:]:
-        left_out[f"in {split}, a third split"] += [p.file for p in splits[split]]
+            found.append(Picture(file, split, folders[0] if folders else None))
+    if len({p.label for p in found if p.split == "train" and p.label}) > 1:
+        left_out["without a class folder"] = [p.file for p in found if not p.label]
+        found = [p for p in found if p.label]
+    else:  # one folder is no class
+        found = [p._replace(label=None) for p in found]
+    train, *tests = ([p for p in found if p.split == split] for split in ("train", *TEST))
+    tests = [test for test in tests if test]
+    for third in tests[1:]:
+        left_out[f"in {third[0].split}, a third split"] = [p.file for p in third]
     if tests:
-        pictures = splits["train"] + [p._replace(split="test") for p in splits[tests[0]]]
+        pictures = train + [p._replace(split="test") for p in tests[0]]
     else:
-        pictures = split_80_20(splits["train"])
+        pictures = split_80_20(train)
     return sorted(pictures, key=lambda p: (p.label or "", p.file))
 
 
