@@ -125,6 +125,10 @@ class Unreadable(Exception):
     """One line: which file cannot be read, why, and the way out."""
 
 
+class Missing(Exception):
+    """A set, or a part of it, is not in its folder."""
+
+
 def damage(path: Path, reason: object) -> str:
     """The line for a file whose content cannot be right."""
     reason = " ".join(str(reason).split())
@@ -289,9 +293,9 @@ def draw_glyphs(split: str) -> Split:
     return Split(out, labels, None, [str(digit) for digit in range(10)])
 
 
-def read_bytes(folders: list[Path], *names: str) -> tuple[Path, bytes] | None:
+def read_bytes(folders: list[Path], *names: str) -> tuple[Path, bytes]:
     """(path, content) of the first file with one of these names in any of the folders, that of a
-    .gz decompressed."""
+    .gz decompressed. Raises Missing."""
     for folder in folders:
         for file in list_files(folder):
             if file.rsplit("/", 1)[-1] in names:
@@ -301,18 +305,16 @@ def read_bytes(folders: list[Path], *names: str) -> tuple[Path, bytes] | None:
                     return path, zlib.decompress(raw, 31) if file.endswith(".gz") else raw
                 except zlib.error as error:
                     fail(damage(path, error))
-    return None
+    raise Missing
 
 
-def read_mnist(folders: list[Path], split: str) -> Split | None:
-    """Two idx files: 0, 0, 8, d, then d big-endian sizes of 4 bytes, then the bytes."""
+def read_mnist(folders: list[Path], split: str) -> Split:
+    """Two idx files: 0, 0, 8, d, then d big-endian sizes of 4 bytes, then the bytes. Raises
+    Missing."""
     prefix = "train" if split == "train" else "t10k"
     arrays = []
     for name, d in ((f"{prefix}-images-idx3-ubyte", 3), (f"{prefix}-labels-idx1-ubyte", 1)):
-        found = read_bytes(folders, name, f"{name}.gz")
-        if found is None:
-            return None
-        path, raw = found
+        path, raw = read_bytes(folders, name, f"{name}.gz")
         head = 4 + 4 * d
         shape = [int.from_bytes(raw[k : k + 4], "big") for k in range(4, head, 4)]
         if raw[:4] != bytes([0, 0, 8, d]):
@@ -326,9 +328,9 @@ def read_mnist(folders: list[Path], split: str) -> Split | None:
     return Split(images[:, None], labels, None, [str(digit) for digit in range(10)])
 
 
-def read_cifar(name: str, folder: Path, split: str) -> Split | None:
+def read_cifar(name: str, folder: Path, split: str) -> Split:
     """Records of one label byte (cifar100: coarse, then fine; the fine one is used) and 3072 bytes,
-    the R, G and B planes, row-major."""
+    the R, G and B planes, row-major. Raises Missing."""
     head, classes, meta, files = 2, 100, "fine_label_names.txt", [f"{split}.bin"]
     if name == "cifar10":
         head, classes, meta, files = 1, 10, "batches.meta.txt", ["test_batch.bin"]
@@ -336,10 +338,7 @@ def read_cifar(name: str, folder: Path, split: str) -> Split | None:
             files = [f"data_batch_{k}.bin" for k in range(1, 6)]
     parts = []
     for file in files:
-        found = read_bytes([folder], file)
-        if found is None:
-            return None
-        path, raw = found
+        path, raw = read_bytes([folder], file)
         if not raw or len(raw) % (head + 3072):
             fail(damage(path, f"{len(raw):,} bytes are not whole records of {head + 3072}"))
         records = np.frombuffer(raw, np.uint8).reshape(-1, head + 3072)
@@ -348,8 +347,9 @@ def read_cifar(name: str, folder: Path, split: str) -> Split | None:
             fail(damage(path, f"label {highest} of {classes} classes"))
         parts.append(records)
     records = np.concatenate(parts)
-    found = read_bytes([folder], meta)
-    names = found[1].decode(errors="replace").split() if found else []
+    names = []
+    with suppress(Missing):
+        names = read_bytes([folder], meta)[1].decode(errors="replace").split()
     if len(names) != classes:
         names = [str(k) for k in range(classes)]
     return Split(records[:, head:].reshape(-1, 3, 32, 32), records[:, head - 1], None, names)
@@ -449,14 +449,13 @@ def read_lines(path: Path) -> list[str]:
     return path.read_text(errors="replace").splitlines() if path.is_file() else []
 
 
-def read_folder(name: str, folder: Path) -> Found | None:
+def read_folder(name: str, folder: Path) -> Found:
     """Both splits of a folder of images, undecoded, and what was left out, as "; left out: 3 too
-    deep (a/b/c/1.png)": how many files, with the first as example. None where a named set is not
-    there.
+    deep (a/b/c/1.png)": how many files, with the first as example.
 
     Groups (source pictures, patients) are numbered over both splits, classes by name (those of
-    tiny-imagenet in the order of wnids.txt). Exits where a user's folder has no image, where a
-    split has none, and where test has a class that train lacks.
+    tiny-imagenet in the order of wnids.txt). Raises Missing where a named set has no image. Exits
+    where a user's folder or a split has none, and where test has a class that train lacks.
     """
     left_out = defaultdict(list)
     files = list(list_files(folder))
@@ -470,7 +469,7 @@ def read_folder(name: str, folder: Path) -> Found | None:
     said = f"; left out: {', '.join(parts)}" if parts else ""
     if not pictures:
         if name in SETS:
-            return None
+            raise Missing
         fail(f"no images in {name}{said}: the layouts are at the top of data.py")
     classes = list(dict.fromkeys(p.label for p in pictures if p.label and p.split == "train"))
     unknown = sorted({p.label for p in pictures if p.label} - set(classes))
@@ -490,34 +489,26 @@ def read_folder(name: str, folder: Path) -> Found | None:
     return *splits, said
 
 
-def read_set(name: str, folder: Path) -> Found | None:
-    """A named set as it lies in its folder now; None where it, or a part of it, is not there."""
+def read_set(name: str, folder: Path) -> Found:
+    """Both splits of any set as it lies in its folder now. Raises Missing."""
+    if name == "glyphs":
+        return draw_glyphs("train"), draw_glyphs("test"), ""
     if name == "mnist":
         folders = [folder, folder.with_name("MNIST")]  # where torchvision puts it
-        both = [read_mnist(folders, split) for split in ("train", "test")]
-    elif name in ("cifar10", "cifar100"):
-        both = [read_cifar(name, folder, split) for split in ("train", "test")]
-    else:
-        return read_folder(name, folder)
-    return None if None in both else (*both, "")
+        return read_mnist(folders, "train"), read_mnist(folders, "test"), ""
+    if name in ("cifar10", "cifar100"):
+        return read_cifar(name, folder, "train"), read_cifar(name, folder, "test"), ""
+    return read_folder(name, folder)
 
 
 def open_set(name: str, data_dir: Path) -> Found:
     """Both splits of any set, undecoded, and what was left out; downloads and unpacks what has to
     be. Exits where the set is not found."""
-    if name == "glyphs":
-        return draw_glyphs("train"), draw_glyphs("test"), ""
-    if name not in SETS:
-        return read_folder(name, Path(name))
-    folder = data_dir / name
-    found = read_set(name, folder)
-    for step in (unpack, partial(download, name), unpack):
-        if found is None:
-            step(folder)
-            found = read_set(name, folder)
-    if found is None:
-        not_there(name, folder)
-    return found
+    folder = data_dir / name if name in SETS else Path(name)
+    for step in (unpack, partial(download, name), unpack, partial(not_there, name)):
+        with suppress(Missing):
+            return read_set(name, folder)
+        step(folder)
 
 
 # ---------------------------------------------------------------------------- decode
