@@ -199,12 +199,11 @@ def fetch(url: str, md5: str, path: Path) -> None:
 def unpack(folder: Path) -> None:
     """Unpack each archive in a set's folder once, NAME.zip into NAME/, which appears only when it
     is whole. tarfile's `filter="data"` and zipfile keep every member inside that folder."""
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    for path in sorted(folder.glob("*")):
         parts = re.fullmatch(r"([^.].*)\.(zip|tar|tar\.gz|tgz)", path.name, re.IGNORECASE)
         if parts is None or not path.is_file() or path.with_name(parts[1]).exists():
             continue
         target = path.with_name(parts[1])
-        extract = extract_zip if parts[2].lower() == "zip" else extract_tar
         try:
             replace_file(target, partial(extract, path), private_name(target))
         except Exception as error:  # of damaged archives the two libraries raise nearly anything
@@ -215,21 +214,20 @@ def unpack(folder: Path) -> None:
             fail(damage(path, error))
 
 
-def extract_zip(path: Path, folder: Path) -> None:
-    """All members of a .zip."""
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        for member in progress(members, f"unpacking {path.name}", len(members), "files"):
-            archive.extract(member, folder)
-
-
-def extract_tar(path: Path, folder: Path) -> None:
-    """All members of a .tar or .tar.gz. Raises EOFError where it is cut, or a header is damaged,
+def extract(path: Path, folder: Path) -> None:
+    """All members of an archive. Raises EOFError where a .tar is cut, or a header is damaged,
     between two members, which tarfile takes for the end: a whole one ends in zeros."""
+    what = f"unpacking {path.name}"
+    if path.suffix.lower() == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            for member in progress(members, what, len(members), "files"):
+                archive.extract(member, folder)
+        return
     with path.open("rb") as raw, tarfile.open(fileobj=raw) as archive:
         size = path.stat().st_size / 1e6
-        shown = progress(archive, f"unpacking {path.name}", size, "MB", lambda: raw.tell() / 1e6)
-        archive.extractall(folder, members=shown, filter="data")
+        members = progress(archive, what, size, "MB", lambda: raw.tell() / 1e6)
+        archive.extractall(folder, members=members, filter="data")
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise EOFError("it ends too early")

@@ -545,7 +545,7 @@ def full_disk():
 @pytest.mark.parametrize("other_run", [False, True])
 def test_an_archive_is_unpacked_once_out_of_sight(monkeypatch, other_run):
     pack("data/bccd/a.zip", bccd_files())
-    extract, seen = data.extract_zip, []
+    extract, seen = data.extract, []
 
     def watched(path, folder):
         extract(path, folder)
@@ -553,7 +553,7 @@ def test_an_archive_is_unpacked_once_out_of_sight(monkeypatch, other_run):
         if other_run:  # was quicker
             shutil.copytree(folder, "data/bccd/a")
 
-    monkeypatch.setattr(data, "extract_zip", watched)
+    monkeypatch.setattr(data, "extract", watched)
     for _ in range(2):
         assert len(load("bccd")[0].images) == 12
     hidden = f".a.{platform.node()}-{os.getpid()}"
