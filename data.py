@@ -170,7 +170,7 @@ def download_file(name: str, path: Path, md5: str) -> None:
     for attempt in range(TRIES):
         url = MIRRORS[name][attempt % len(MIRRORS[name])] + path.name
         try:
-            replace_file(path, partial(fetch, url, md5), private_name(path))
+            replace_file(path, partial(fetch, url, md5), private=True)
             return
         except (OSError, ValueError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) in DISK:
@@ -205,7 +205,7 @@ def unpack(folder: Path) -> None:
             continue
         target = path.with_name(parts[1])
         try:
-            replace_file(target, partial(extract, path), private_name(target))
+            replace_file(target, partial(extract, path), private=True)
         except Exception as error:  # of damaged archives the two libraries raise nearly anything
             if target.is_dir():  # another run was quicker
                 continue
@@ -610,7 +610,7 @@ def decode_once(items: list, size: int, channels: int, what: str, cache: Path) -
                 file.write(pixels.tobytes())
 
     try:
-        replace_file(path, write, private_name(path))
+        replace_file(path, write, private=True)
         return np.load(path, mmap_mode="r")
     except OSError as error:
         print(f"no cache in {cache} ({error}): decoding into memory", file=sys.stderr)
@@ -804,14 +804,31 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def replace_file(path: Path, write: Callable[[Path], Any], temporary: Path | None = None) -> None:
+def remove_leftovers(folder: Path) -> None:
+    """Delete what dead processes of this machine have left in a folder."""
+    for path in folder.iterdir() if os.name == "posix" else ():
+        old = re.fullmatch(rf"\..*\.{re.escape(platform.node())}-(\d+)", path.name)
+        if old:
+            try:
+                os.kill(int(old[1]), 0)  # signal 0 only asks: is it alive?
+            except ProcessLookupError:
+                remove(path)
+            except PermissionError:
+                pass  # another user's process, alive
+
+
+def replace_file(path: Path, write: Callable[[Path], Any], private: bool = False) -> None:
     """Call write(temporary path); what it wrote gets its name only if that ends well.
 
     So a reader sees the old file or the new one, whole. The temporary name is fixed: what kill -9
-    leaves is overwritten by the next call.
+    leaves is overwritten by the next call. In data/, where two runs may decode the same set at
+    once, it is `private` to this process.
     """
-    temporary = temporary or path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    if private:
+        remove_leftovers(path.parent)
+        temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")
     try:
         write(temporary)
         temporary.replace(path)
@@ -822,20 +839,3 @@ def replace_file(path: Path, write: Callable[[Path], Any], temporary: Path | Non
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, whole or not at all."""
     replace_file(path, lambda to: to.write_text(json.dumps(value, indent=1) + "\n"))
-
-
-def private_name(path: Path) -> Path:
-    """A temporary name beside `path` for this process alone, since two runs may decode the same
-    set at once. Removes what dead processes of this machine have left in that folder."""
-    host = platform.node()
-    for old in path.parent.glob(f".*.{host}-*") if os.name == "posix" else ():
-        pid = old.name.rpartition("-")[2]
-        if not (pid.isdigit() and old.name.endswith(f".{host}-{pid}")):
-            continue  # of another machine whose name begins like ours
-        try:
-            os.kill(int(pid), 0)  # signal 0 only asks: is it alive?
-        except ProcessLookupError:
-            remove(old)
-        except PermissionError:
-            pass  # another user's process, alive
-    return path.with_name(f".{path.name}.{host}-{os.getpid()}")
