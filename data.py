@@ -294,15 +294,13 @@ def draw_glyphs(split: str) -> Split:
 def read_bytes(folders: list[Path], *names: str) -> tuple[Path, bytes]:
     """(path, content) of the first file with one of these names in any of the folders, that of a
     .gz decompressed. Raises Missing."""
-    for folder in folders:
-        for file in list_files(folder):
-            if file.rsplit("/", 1)[-1] in names:
-                path = folder / file
-                raw = path.read_bytes()
-                try:
-                    return path, zlib.decompress(raw, 31) if file.endswith(".gz") else raw
-                except zlib.error as error:
-                    fail(damage(path, error))
+    for path in (folder / file for folder in folders for file in list_files(folder)):
+        if path.name in names:
+            raw = path.read_bytes()
+            try:
+                return path, zlib.decompress(raw, 31) if path.suffix == ".gz" else raw
+            except zlib.error as error:
+                fail(damage(path, error))
     raise Missing
 
 
