@@ -183,15 +183,14 @@ def download_file(name: str, path: Path, md5: str) -> None:
 def fetch(url: str, md5: str, path: Path) -> None:
     """Write the file at url to path. Raises OSError where it broke off or its md5 is another."""
     digest = hashlib.md5()
-    count = 0
     with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, path.open("wb") as out:
         total = int(answer.headers.get("Content-Length", 0))
         chunks = iter(partial(answer.read, 2**16), b"")
         for chunk in progress(chunks, url, total / 1e6, "MB", lambda: out.tell() / 1e6):
             digest.update(chunk)
-            count += out.write(chunk)
-    if count < total:
-        raise OSError(f"broke off after {count:,} of {total:,} bytes")
+            out.write(chunk)
+        if out.tell() < total:
+            raise OSError(f"broke off after {out.tell():,} of {total:,} bytes")
     if digest.hexdigest() != md5:
         raise OSError(f"its md5 is {digest.hexdigest()}, not {md5}")
 
