@@ -672,8 +672,7 @@ def set_facts(name: str) -> Facts:
         with suppress(Exception), Image.open(path) as image:  # `load` names the damaged ones
             sides.append(min(image.size))
     side = np.median(sides) if sides else math.inf
-    row = next(row for row in (32, 64, math.inf) if side <= row)
-    return Facts(3, min(row, 256), True)
+    return Facts(3, 32 if side <= 32 else 64 if side <= 64 else 256, True)
 
 
 # ---------------------------------------------------------------------------- batches
