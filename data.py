@@ -281,9 +281,7 @@ def draw_glyphs(split: str) -> Split:
         offset = big / 2 - back @ (big / 2 + shift)
         affine = (*back[0], offset[0], *back[1], offset[1])
         stamp = stamps[digit, rng.integers(4)]
-        image = stamp.transform(
-            stamp.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR
-        )
+        image = stamp.transform(stamp.size, Image.AFFINE, affine, Image.BILINEAR)
         pixels = np.asarray(image.reduce(3), np.float32) * rng.uniform(0.6, 1.0)
         pixels += rng.normal(0, rng.uniform(0, 25), pixels.shape)
         out[i] = pixels.clip(0, 255).round()
@@ -547,7 +545,7 @@ def fit(image: Image.Image, size: int, channels: int) -> np.ndarray:
     """An image -> uint8 (C, S, S), aspect not kept. Pillow's bilinear filter averages over all
     pixels when it shrinks, so nothing aliases, and unlike bicubic it cannot overshoot."""
     image = image.convert("L" if channels == 1 else "RGB")
-    image = image.resize((size, size), Image.Resampling.BILINEAR)
+    image = image.resize((size, size), Image.BILINEAR)
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 
