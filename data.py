@@ -535,9 +535,8 @@ def read_picture(path: Path) -> tuple[Image.Image, int | None, bool]:
             raise Unreadable(f"{path} has pixels beyond 0..65,535: save it in 8 or 16 bits")
         image = Image.fromarray((pixels / 257).astype(np.uint8))
     elif image.has_transparency_data:
-        image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image, brightest, several
 
 
