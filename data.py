@@ -379,8 +379,9 @@ def split_80_20(pictures: list[Picture]) -> list[Picture]:
     return result
 
 
-def list_own(files: list[str], left_out: LeftOut) -> list[Picture]:
+def list_own(folder: Path, left_out: LeftOut) -> list[Picture]:
     """The pictures of a user's folder; adds what is not used to left_out, by reason."""
+    files = list(list_files(folder))
     has_train = any(file.split("/")[0].lower() in TRAIN for file in files if "/" in file)
     found = []
     for file in files:
@@ -411,10 +412,10 @@ def list_own(files: list[str], left_out: LeftOut) -> list[Picture]:
     return sorted(pictures, key=lambda p: (p.label or "", p.file))
 
 
-def list_named(name: str, folder: Path, files: list[str], left_out: LeftOut) -> list[Picture]:
+def list_named(name: str, folder: Path, left_out: LeftOut) -> list[Picture]:
     """The pictures of tiny-imagenet, bccd or oct2017; adds other images to left_out. Kaggle's
-    archives hold some sets twice: the files with the shortest root count."""
-    files = [file for file in files if Path(file).suffix.lower() in SUFFIXES]
+    archives hold some sets twice: the files with the shortest root count. Raises Missing."""
+    files = [file for file in list_files(folder) if Path(file).suffix.lower() in SUFFIXES]
     matches = [re.fullmatch(PATTERNS[name], file, re.IGNORECASE) for file in files]
     root = min((m["root"] for m in matches if m), key=len, default="")
     matches = [m for m in matches if m and m["root"] == root]
@@ -428,6 +429,8 @@ def list_named(name: str, folder: Path, files: list[str], left_out: LeftOut) -> 
         known = {p.label for p in pictures if p.split == "train"}
         pictures = [p._replace(label=p.label or labels.get(Path(p.file).name)) for p in pictures]
         pictures = [p for p in pictures if p.label in known]
+    if not pictures:
+        raise Missing
     used = {p.file for p in pictures}
     splits = {m["split"].lower() for m in matches}
     for file in (file for file in files if file not in used):
@@ -451,18 +454,15 @@ def read_folder(name: str, folder: Path) -> Found:
     where a user's folder or a split has none, and where test has a class that train lacks.
     """
     left_out = defaultdict(list)
-    files = list(list_files(folder))
     if name in SETS:
-        pictures = list_named(name, folder, files, left_out)
+        pictures = list_named(name, folder, left_out)
     elif folder.is_dir():
-        pictures = list_own(files, left_out)
+        pictures = list_own(folder, left_out)
     else:
         fail(f"{name!r} is no folder of images and none of {', '.join(SETS)}")
     parts = [f"{len(files):,} {why} ({files[0]})" for why, files in left_out.items() if files]
     said = f"; left out: {', '.join(parts)}" if parts else ""
     if not pictures:
-        if name in SETS:
-            raise Missing
         fail(f"no images in {name}{said}: the layouts are at the top of data.py")
     classes = list(dict.fromkeys(p.label for p in pictures if p.label and p.split == "train"))
     unknown = sorted({p.label for p in pictures if p.label} - set(classes))
