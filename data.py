@@ -18,6 +18,7 @@ Shapes: N images, B batch, C channels, H W pixels, S = H = W.
 """
 
 import errno
+import gzip
 import hashlib
 import http.client
 import json
@@ -295,8 +296,8 @@ def read_bytes(folders: list[Path], *names: str) -> tuple[Path, bytes]:
         if path.name in names:
             raw = path.read_bytes()
             try:
-                return path, zlib.decompress(raw, 31) if path.suffix == ".gz" else raw
-            except zlib.error as error:
+                return path, gzip.decompress(raw) if path.suffix == ".gz" else raw
+            except (OSError, EOFError, zlib.error) as error:
                 fail(damage(path, error))
     raise Missing
 
@@ -750,7 +751,8 @@ def fail(message: str, kind: type[SystemExit] = SystemExit) -> NoReturn:
     """Print one line and exit with status 2, by an exception of that kind: the way every command
     reports bad input."""
     if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun one process a machine speaks
-        print(f"error: {message}", file=sys.stderr)
+        line = message.replace("\n", "\\n")  # of a file's name
+        print(f"error: {line}", file=sys.stderr)
     raise kind(2)
 
 
@@ -804,7 +806,7 @@ def remove_leftovers(folder: Path) -> None:
         if old:
             try:
                 os.kill(int(old[1]), 0)  # signal 0 only asks: is it alive?
-            except ProcessLookupError:
+            except (ProcessLookupError, OverflowError):
                 remove(path)
             except PermissionError:
                 pass  # another user's process, alive
@@ -817,6 +819,8 @@ def replace_file(path: Path, write: Callable[[Path], Any], private: bool = False
     leaves is overwritten by the next call. In data/, where two runs may decode the same set at
     once, it is `private` to this process.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "is no plain file: name another", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     if private:

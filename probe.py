@@ -476,7 +476,8 @@ def main(argv: list[str] | None = None) -> None:
             "appendix.choose finds a t without them"
         )
     if len(np.unique(splits[0].labels)) < 2:
-        fail(f"--limit {limit} leaves images of one class, and a probe needs two classes")
+        what = f"--limit {limit} leaves" if limit else f"{name} has training"
+        fail(f"{what} images of one class, and a probe needs two classes")
     protocol |= {"classes": classes, "step": saved["step"]}
     floors = {"pixels": Pixels()}
     floors |= {kind: untrained_encoder(settings, kind == "random") for kind in FLOORS}

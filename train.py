@@ -366,7 +366,7 @@ def find_run(name: str | None = None) -> Path:
     if name is not None:
         folder = run_folder(name)
         if not (folder / "checkpoint.pt").exists():
-            fail(f"no checkpoint in {folder}: start with python train.py --name {name}")
+            fail(f"no checkpoint in {folder}: train that run first, with its --data and --name")
         return folder
     paths = RUNS.glob("*/checkpoint.pt")
     paths = [path for path in paths if read_config(path.parent).get("method") == "dier"]
@@ -481,7 +481,7 @@ def number(kind: type, fits: Callable[[float], bool], what: str, text: str) -> A
     raise argparse.ArgumentTypeError(f"{text[:40]} is not {what}")
 
 
-positive_int = partial(number, int, lambda n: n > 0, "a whole number above 0")
+positive_int = partial(number, int, lambda n: 0 < n < 2**31, "a whole number above 0, below 2^31")
 natural = partial(number, int, lambda n: 0 <= n < 2**63, "a whole number, 0 or more, below 2^63")
 positive = partial(number, float, lambda x: 0 < x < 1e12, "a number above 0, below 1e12")
 not_negative = partial(number, float, lambda x: x >= 0, "a number, 0 or more")
@@ -678,14 +678,15 @@ def guard(main: Callable[[], None]) -> None:
     except OSError as error:
         fail(f"{error.filename or 'cannot write'}: {error.strerror or error}")
     except (RuntimeError, MemoryError) as error:
-        text = " ".join(str(error).split())[:80] or "out of memory"
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
+        text = " ".join(str(error).split()) or "out of memory"
+        known = "allocate memory" in text or "size calculation overflowed" in text
+        if known or isinstance(error, torch.OutOfMemoryError | MemoryError):
             os.environ["LOCAL_RANK"] = "0"  # whichever process it is, it says so
-            fail(f"out of memory ({text}): try --accum 2 or more, or a smaller --batch-size")
+            fail(f"out of memory ({text[:150]}): try --accum 2 or more, or a smaller --batch-size")
         if "C++ compiler" in text:
             fail("--compile needs a C++ compiler here: install g++, or leave --compile out")
         if dist.is_initialized() and ("gloo" in text or "NCCL" in text):
-            fail(f"another process ended ({text}); the last checkpoint stays")
+            fail(f"another process ended ({text[:80]}); the last checkpoint stays")
         raise
 
 
@@ -735,8 +736,9 @@ def run(settings: dict, folder: Path, saved: dict | None, command: list[str]) ->
             f"classes, but {folder} was trained on {known['images']:,} of "
             f"{len(known['class_names'])}: give that --data, or another --name"
         )
-    if saved and saved["step"] * settings["batch_size"] >= settings["epochs"] * len(split.images):
-        fail(f"{folder} has done its {settings['epochs']:g} epochs: give more with --epochs")
+    done = saved["step"] * settings["batch_size"] / len(split.images) if saved else 0
+    if done >= settings["epochs"]:
+        fail(f"{folder} has done {done:.4g} epochs: give more with --epochs")
     settings = {"origin": origin(command, settings["device"]), **settings, **found}  # or as saved
     settings["launch"] = this_launch()
     if rank == 0:

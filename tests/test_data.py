@@ -103,7 +103,10 @@ def mnist_files(zipped=True, n=20):
         files[f"{prefix}-images-idx3-ubyte"] = idx(pixels[k])
         files[f"{prefix}-labels-idx1-ubyte"] = idx(labels[k])
     if zipped:
-        files = {f"{name}.gz": gzip.compress(raw) for name, raw in files.items()}
+        files = {
+            f"{name}.gz": gzip.compress(raw[:99]) + gzip.compress(raw[99:])
+            for name, raw in files.items()
+        }
     return files, pixels, labels
 
 
@@ -157,8 +160,12 @@ BATCH = "cifar-10-batches-bin/data_batch_4.bin"
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        (IMAGES, gzip.compress(idx(np.zeros((20, 28, 28))))[:-12], "truncated stream"),
-        (IMAGES, b"not a gzip file", "incorrect header"),
+        (
+            IMAGES,
+            gzip.compress(idx(np.zeros((20, 28, 28))))[:-12],
+            "ended before the end-of-stream",
+        ),
+        (IMAGES, b"not a gzip file", "Not a gzipped file"),
         (IMAGES, gzip.compress(b"\0\0\7\3" + bytes(12)), "00000703"),
         (IMAGES, gzip.compress(idx(np.arange(20))), "00000801"),
         (IMAGES, gzip.compress(idx(np.zeros((20, 28, 28)))[:-1]), "dimensions"),
@@ -361,6 +368,11 @@ def test_links_are_followed_but_not_back_to_a_parent():
 
 
 # ---------------------------------------------------------------------------- what a viewer shows
+
+
+def test_a_new_line_in_a_name_does_not_break_the_line_of_an_error(capsys):
+    write("set", {"a/1.png": 1, "a/2\n.png": "no picture"})
+    assert "set/a/2\\n.png is damaged (" in fails(capsys, load, "set")
 
 
 def test_pictures_stand_upright():
@@ -598,7 +610,7 @@ def test_leftovers_of_dead_processes_are_removed():
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     host = platform.node()
-    gone = [f".a.{host}-{dead.pid}", f".b.{host}-{dead.pid}"]
+    gone = [f".a.{host}-{dead.pid}", f".b.{host}-{dead.pid}", f".a.{host}-{10**20}"]
     stay = [f".a.{host}-{os.getppid()}", f".a.elsewhere-{dead.pid}", f".a.{host}-2-{dead.pid}"]
     write("data/cache", dict.fromkeys(gone + stay, ""))
     write("data/bccd", {f"{name}/images/1.png": 1 for name in gone + stay})
@@ -844,6 +856,10 @@ def test_a_file_is_replaced_whole_or_not_at_all():
     with pytest.raises(KeyboardInterrupt):
         data.replace_file(Path("new/x"), broken)
     assert Path("new/x").read_text() == "old" and entries("new") == ["x"]
+    os.mkfifo("new/pipe")  # or /dev/null, which root could replace
+    with pytest.raises(OSError, match="is no plain file"):
+        data.replace_file(Path("new/pipe"), lambda path: path.write_text("new"))
+    assert Path("new/pipe").is_fifo()
 
 
 # ---------------------------------------------------------------------------- seeds and batches

@@ -26,7 +26,7 @@ def torchrun(*args, cwd, launch=(), wait=True):
     started = subprocess.Popen(command, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True)
     if not wait:
         return started
-    out, err = started.communicate(timeout=120)
+    out, err = started.communicate(timeout=300)
     return subprocess.CompletedProcess(command, started.returncode, out, err)
 
 

@@ -653,6 +653,18 @@ def test_a_limit_that_leaves_one_class_is_refused(trained, flags, capsys):
     assert not results(trained)
 
 
+def test_a_set_of_one_class_is_refused(trained, monkeypatch, capsys):
+    def one_class(*args):
+        splits = data.load(*args)
+        for split in splits:
+            split.labels[:] = 1
+        return splits
+
+    monkeypatch.setattr(probe, "load", one_class)
+    error = fails(capsys, run)
+    assert "set has training images of one class, and a probe needs two classes" in error
+
+
 def test_runs_of_other_methods_are_refused_by_name(trained, capsys):
     copy_as("mae", trained, train.RUNS / "baselines/mae")
     error = fails(capsys, run, "--name", "baselines/mae")

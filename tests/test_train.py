@@ -258,7 +258,7 @@ def test_resume_refuses_another_value_and_goes_on_with_more_epochs(folder, capsy
         (["--dropout", "0.5"], "--dropout 0.5 differs from the checkpoint's 0.1"),
         (["--preset", "paper"], "--preset paper differs from the checkpoint's cpu"),
         (["--mult", "1", "4"], "--mult [1, 4] differs from the checkpoint's [1, 2]"),
-        ([], "has done its 2 epochs: give more with --epochs"),
+        ([], "has done 2 epochs: give more with --epochs"),
     ]:
         assert words in fails(capsys, resume, "set", *flags), flags
     # the same values and `auto` are no change; --minutes and --accum may change
@@ -367,7 +367,7 @@ def test_resume_finds_data_that_moved_and_refuses_data_that_changed(folder, tmp_
     # with --data typed and no --name the run is that set's, never the newest
     write_folder(tmp_path / "other")
     error = fails(capsys, train.main, ["--data", "other", "--resume"])
-    assert "no checkpoint in runs/other: start with python train.py --name other" in error
+    assert "no checkpoint in runs/other: train that run first" in error
 
 
 # ---------------------------------------------------------------------------- what goes wrong
@@ -421,6 +421,7 @@ def test_bad_input_is_one_line_and_status_2(folder, tmp_path, capsys):
         (["--hidden", "18"], "hidden 18 is not a multiple of 4 x heads 2: give --hidden 16"),
         (["--enc-heads", "3"], "encoder width 8"),
         (["--depth", "x"], "x is not a whole number above 0"),
+        (["--batch-size", "99999999999999999999"], "is not a whole number above 0, below 2^31"),
         (["--mult"], "expected at least one argument"),
         (["--data", "nowhere"], "'nowhere' is no folder of images and none of glyphs, mnist"),
         (["--name", "done"], "add --resume to go on, or choose another --name"),
@@ -547,11 +548,19 @@ def test_closed_streams_are_no_error(tmp_path):
     assert subprocess.run(["bash", "-c", command], cwd=tmp_path).returncode == 2
 
 
+CPU_MEMORY = (  # as torch says it
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 1 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
 @pytest.mark.parametrize(
     "error, words",
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), "20.00 GiB"),
         (MemoryError(), "--accum 2 or more, or a smaller --batch-size"),
+        (RuntimeError(CPU_MEMORY), "you tried to allocate 1 bytes. Error"),
+        (RuntimeError("Storage size calculation overflowed with sizes=[3]"), "out of memory ("),
         (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "install g++"),
         (OSError(28, "No space left on device"), "cannot write: No space left on device"),
         (PermissionError(13, "Permission denied", "runs/x"), "runs/x: Permission denied"),
