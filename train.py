@@ -384,7 +384,7 @@ def read_checkpoint(folder: Path, dier: bool = False) -> dict:
     except Exception as error:  # torch raises many types on a damaged or foreign file
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in data.DISK:
             raise  # a fault of the machine and not of the file
-        reason = " ".join(str(error).split())[:100] or "it is empty"
+        reason = textwrap.shorten(str(error), 100) or "it is empty"
         fail(f"{path} cannot be read ({reason}): delete {folder} and train again")
     keys = {"settings", "step", "row_step", "log_size", "seconds", "sums"}
     keys |= {"raw", "ema", "optimizer", "scaler"}
@@ -412,7 +412,7 @@ def restore(part: Any, state: dict) -> None:
     try:
         part.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = textwrap.shorten(str(error), 100)
         fail(f"the checkpoint does not fit its own settings ({reason}): train anew")
 
 
@@ -682,7 +682,8 @@ def guard(main: Callable[[], None]) -> None:
         known = "allocate memory" in text or "size calculation overflowed" in text
         if known or isinstance(error, torch.OutOfMemoryError | MemoryError):
             os.environ["LOCAL_RANK"] = "0"  # whichever process it is, it says so
-            fail(f"out of memory ({text[:150]}): try --accum 2 or more, or a smaller --batch-size")
+            what = textwrap.shorten(text, 150)
+            fail(f"out of memory ({what}): try --accum 2 or more, or a smaller --batch-size")
         if "C++ compiler" in text:
             fail("--compile needs a C++ compiler here: install g++, or leave --compile out")
         if dist.is_initialized() and ("gloo" in text or "NCCL" in text):
