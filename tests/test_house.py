@@ -216,6 +216,9 @@ def test_accuracies_of_the_readme_are_those_of_the_records():
     more += ["mnist-fp32", "mnist-seed-1", "cifar10-seed-1"]
     said = re.findall(r"\d\d\.\d\d", re.search(r"\(glyphs again on one core([^)]*)\)", text)[1])
     assert said == [f"{record(name)['test_top1']:.2f}" for name in more]
+    rows = [row for name in ("glyphs-fp32", "glyphs-one-thread") for row in record(name)["rows"]]
+    at_400 = [f"{row['top1']:.2f}" for row in rows if row["t"] == 400]
+    assert f"others had {' to '.join(at_400)})" in text
     said = re.search(r"with `--norm none` ours are (\S+) and (\S+)\.\n", text).groups()
     none = [record(f"{name}-norm-none")["oracle_top1"] for name in ("mnist", "cifar10")]
     assert list(said) == [f"{top1:.2f}" for top1 in none]
