@@ -71,7 +71,9 @@ SUMS = 24  # how many numbers that are
 # ---------------------------------------------------------------------------- the step
 
 
-def draw(seed: int, step: int, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+def draw(
+    seed: int, step: int, shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """t (B,), flips (B,) and eps `shape` of one step for the global batch: a pure function."""
     generator = torch.Generator(device).manual_seed(mix_seed(seed, step))
     t = torch.randint(T, shape[:1], generator=generator, device=device)
@@ -665,7 +667,7 @@ def guard(main: Callable[[], None]) -> None:
     """Run a command's main: what can go wrong outside the program becomes one line, status 2."""
     keep_freed_memory()
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115, None: begun without it
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115, None where it is closed
         stream.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
         setattr(sys, name, stream)
     catch_signals()

@@ -523,8 +523,9 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"{name} has no classes, and a probe needs two: lay it out as CLASS/*")
     common |= {"images": len(split.images), "class_names": split.class_names}
     with torch.device("meta"):  # sizes that do not fit are found before anything is trained
-        for method in (method for method in methods if method in METHODS):
-            build(method, common | {"method": method})
+        for method in methods:
+            if method in METHODS:
+                build(method, common | {"method": method})
     command = train.origin(["-m", "appendix.baselines", *argv], common["device"])
     table = Table(out, split, probed, common["epochs"], command)
     write_table(table, common, seeds)  # where it cannot be written, nothing is trained
