@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,17 @@ def fails(capsys, function, *args) -> str:
     error = capsys.readouterr().err
     assert stop.value.code == 2 and len(error.splitlines()) == 1, error
     return error
+
+
+@contextmanager
+def full_disk(size):
+    """No file grows beyond `size` bytes, as on a full disk."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -15,14 +14,13 @@ import tempfile
 import threading
 import time
 import zipfile
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import fails, write_folder
+from conftest import fails, full_disk, write_folder
 from PIL import Image
 
 import data
@@ -543,17 +541,6 @@ def test_a_limit_is_a_seeded_sample_equal_over_the_classes(capsys):
 # ---------------------------------------------------------------------------- archives
 
 
-@contextmanager
-def full_disk():
-    """No file can grow beyond 1,000 bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("other_run", [False, True])
 def test_an_archive_is_unpacked_once_out_of_sight(monkeypatch, other_run):
     pack("data/bccd/a.zip", bccd_files())
@@ -622,7 +609,7 @@ def test_leftovers_of_dead_processes_are_removed():
 
 def test_a_full_disk_is_not_called_damage():
     pack("data/bccd/a.zip", {"images/TRAIN/MONOCYTE/_1_1.jpeg": RNG.bytes(5000)})
-    with full_disk(), pytest.raises(OSError, match="File too large"):
+    with full_disk(1000), pytest.raises(OSError, match="File too large"):
         load("bccd")
     assert entries("data/bccd") == ["a.zip"]
 
@@ -676,7 +663,7 @@ def test_a_damaged_cache_and_changed_files_are_decoded_again(calls, change):
 
 
 def test_where_no_cache_can_be_written_images_are_decoded_into_memory(calls, capsys):
-    with full_disk():
+    with full_disk(1000):
         train, _ = load("set", 16)
     assert entries("data/cache") == []
     shutil.rmtree("data")
@@ -800,7 +787,7 @@ def test_without_a_network_one_line_names_files_and_addresses(monkeypatch, capsy
 
 
 def test_what_ends_a_download_here_is_not_tried_again_and_leaves_nothing(monkeypatch, cifar_server):
-    with full_disk(), pytest.raises(OSError, match="File too large"):
+    with full_disk(1000), pytest.raises(OSError, match="File too large"):
         load("cifar10")
 
     def interrupted(items, *rest):

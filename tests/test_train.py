@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, fails, script, write_folder
+from conftest import ROOT, TINY, fails, full_disk, script, write_folder
 from PIL import Image
 
 import data
@@ -505,31 +505,22 @@ def test_only_rank_0_looks_for_a_run_at_the_end(folder, monkeypatch):
     assert not train.RUNS.exists()
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(folder, tmp_path):
-    """`ulimit -f` lets no file grow beyond its limit, as a full disk does."""
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(folder, capsys):
     run("--data", folder, "--epochs", "2", "--batch-size", "16")
     before = (train.RUNS / "set/checkpoint.pt").read_bytes()
-    blocks = len(before) // 1024 // 2
-    command = f"ulimit -f {blocks}; exec {sys.executable} {ROOT}/train.py --name set --resume"
-    done = subprocess.run(
-        ["bash", "-c", f"{command} --epochs 4"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "disk full" in done.stderr or "too large" in done.stderr
+    with full_disk(len(before) // 2):
+        error = fails(capsys, train.guard, lambda: resume("set", "--epochs", "4"))
+    assert "disk full" in error or "too large" in error
     assert (train.RUNS / "set/checkpoint.pt").read_bytes() == before
     assert not [p for p in (train.RUNS / "set").iterdir() if p.name.startswith(".")]
 
 
-def test_a_large_checkpoint_on_a_full_disk_is_an_error_of_the_disk(tmp_path):
+def test_a_large_checkpoint_on_a_full_disk_is_an_error_of_the_disk(tmp_path, capsys):
     """torch's writer raises an error of its own over that of the system."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import resource, torch, train\n"
-    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
-    code += "save = lambda: train.save(train.Path('run'), {}, {'x': torch.zeros(10**7)})\n"
-    code += "train.guard(save)\n"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "is the disk full?" in done.stderr and not list((tmp_path / "run").iterdir())
+    counters = {"x": torch.zeros(10**7)}
+    with full_disk(2**20):
+        error = fails(capsys, train.guard, lambda: train.save(tmp_path / "run", {}, counters))
+    assert "is the disk full?" in error and not list((tmp_path / "run").iterdir())
 
 
 def test_a_closed_pipe_ends_quietly(folder, tmp_path):
@@ -677,19 +668,19 @@ def test_both_scripts_as_a_user_runs_them(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("rate, last", [("1e-3", "2 steps, 32 images"), ("1e9", "error: the ")])
-def test_on_a_terminal_the_last_line_stands_alone(folder, tmp_path, rate, last):
+def test_on_a_terminal_the_last_line_stands_alone(folder, monkeypatch, rate, last):
     """The progress line is rewritten in place, but what follows it is not glued to it."""
     ours, theirs = os.openpty()
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--data", folder, "--lr", rate]
-    command += ["--batch-size", "16", "--epochs", "0.8" if last[0] == "2" else "40"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    out = b""
-    with contextlib.suppress(OSError):  # EIO: the other side is closed
-        while block := os.read(ours, 4096):
-            out += block
-    assert child.wait() == (0 if last[0] == "2" else 2)
+    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as m:
+        m.setattr(sys, "stdout", terminal)
+        m.setattr(sys, "stderr", terminal)
+        epochs = "0.8" if last[0] == "2" else "40"
+        flags = ["--data", folder, "--lr", rate, "--batch-size", "16", "--epochs", epochs]
+        ends = contextlib.nullcontext() if last[0] == "2" else pytest.raises(SystemExit)
+        with ends:
+            train.guard(lambda: run(*flags))
+    out = os.read(ours, 4096)
+    os.close(ours)
     *_, row, end = out.decode().splitlines()
     assert row.removeprefix("\033[A\033[K").startswith("step ") and end.startswith(last), out
     assert out.count(b"\033[A\033[K") == out.count(b"\nstep ") + out.count(b"Kstep ") - 1
