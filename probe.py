@@ -168,7 +168,8 @@ def train_heads(
             index = order[step * batch : (step + 1) * batch]
             rate = learning_rate(epoch * steps + step, total, warmup, peak)
             optimizer.param_groups[0]["lr"] = rate
-            logits = layer(x[index].float()).view(batch, heads, classes)
+            rows = x.index_select(0, index)  # copies whole rows, which x[index] does not
+            logits = layer(rows.float()).view(batch, heads, classes)  # (B, H, K)
             target = targets[index]  # (B, H)
             loss = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")  # (B, H)
             loss = loss.sum(0) / (target >= 0).sum(0).clamp(min=1)  # (H,)
