@@ -390,9 +390,11 @@ def read_checkpoint(folder: Path, dier: bool = False) -> dict:
         fail(f"{path} cannot be read ({reason}): delete {folder} and train again")
     keys = {"settings", "step", "row_step", "log_size", "seconds", "sums"}
     keys |= {"raw", "ema", "optimizer", "scaler"}
-    if not isinstance(saved, dict) or not keys <= saved.keys():
+    known = {*DEFAULTS, *(field.name for field in fields(ModelConfig))}
+    ours = isinstance(saved, dict) and keys <= saved.keys()
+    if not ours or not known <= saved["settings"].keys():
         fail(f"{path} is not of this version of train.py: train anew under another --name")
-    method = saved["settings"].get("method")
+    method = saved["settings"]["method"]
     if dier and method != "dier":
         fail(f"{folder} is a run of {method}: see appendix.baselines")
     return saved

@@ -470,12 +470,18 @@ def foreign(path, kind):
         torch.save(saved["raw"], path)
     elif kind == "list":
         torch.save([1, 2], path)
+    elif kind == "older settings":
+        del saved["settings"]["heads"]
+        torch.save(saved, path)
     else:
         saved["settings"]["hidden"] = 32
         torch.save(saved, path)
 
 
-@pytest.mark.parametrize("kind", ["empty", "cut", "pickle", "state_dict", "list", "other sizes"])
+KINDS = ["empty", "cut", "pickle", "state_dict", "list", "older settings", "other sizes"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_foreign_or_damaged_checkpoint_is_one_line(folder, kind, capsys):
     run("--data", folder, "--epochs", "1")
     path = train.RUNS / "set/checkpoint.pt"
