@@ -199,6 +199,29 @@ def test_the_joint_distribution_has_the_perplexity_asked_for():
     joint = tsne.joint(x, 20.0)
     assert torch.equal(joint, joint.T) and joint.sum().item() == pytest.approx(1, abs=1e-5)
     assert not joint.diagonal().any()
+    for unit in (1e-5, 1e5):  # in which x is measured does not matter
+        assert torch.allclose(tsne.joint(unit * x, 20.0), joint, rtol=1e-3, atol=1e-9)
+
+
+def test_momentum_and_gains_equal_a_plain_loop():
+    """Twelve iterations, coordinate by coordinate: three of them exaggerated twelve times."""
+    x, _ = clusters(24)
+    p = tsne.joint(x, 5.0).clamp(min=1e-12)
+    y = tsne.pca(x, 2)
+    y = 1e-4 * y / y[:, 0].std()
+    velocity, gains = [[0.0, 0.0] for _ in y], [[1.0, 1.0] for _ in y]
+    for k in range(12):
+        g, _ = tsne.gradient(y, p, 12.0 if k < 3 else 1.0)
+        y = y.clone()
+        for i in range(24):
+            for j in range(2):
+                same = (g[i, j] > 0) == (velocity[i][j] > 0)
+                gains[i][j] = max(0.01, gains[i][j] * 0.8 if same else gains[i][j] + 0.2)
+                momentum = 0.5 if k < 3 else 0.8
+                velocity[i][j] = momentum * velocity[i][j] - 50 * gains[i][j] * g[i, j].item()
+                y[i, j] += velocity[i][j]
+        y -= y.mean(0)
+    assert torch.allclose(tsne.tsne(x, 5.0, 12), y, rtol=1e-2, atol=1e-3 * y.abs().max().item())
 
 
 def test_the_gradient_is_that_of_the_divergence(monkeypatch):
