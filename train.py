@@ -443,7 +443,7 @@ def origin(command: list[str], device_name: str) -> dict:
         commit = answer.stdout.strip()
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     versions |= {"numpy": np.__version__, "pillow": Image.__version__}
-    flags = torch.cpu.get_capabilities()
+    flags = cpu_capabilities()
     known = [name for name in ("avx2", "avx512_bf16", "amx_bf16") if flags.get(name)]
     kind = ", ".join(known) or platform.machine()
     machine = f"{torch.get_num_threads()} CPU threads ({kind})"
@@ -554,6 +554,12 @@ def pick_device(name: str) -> torch.device:
         fail(f"--device {name} does not work here ({str(error).splitlines()[0]}); use --device cpu")
 
 
+def cpu_capabilities() -> dict:
+    """What the instructions of this CPU can do, such as amx_bf16; {} before torch 2.11, which is
+    the first to tell."""
+    return dict(getattr(torch.cpu, "get_capabilities", dict)())
+
+
 def pick_amp(name: str, device: torch.device) -> str:
     """The precision of autocast: off, bf16 or fp16. "auto" is bf16 where the hardware multiplies it
     (emulated it is up to a hundred times slower than fp32), else fp16 on CUDA and off on a CPU."""
@@ -561,7 +567,7 @@ def pick_amp(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    cpu = cpu_capabilities() if device.type == "cpu" else {}
     return "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "off"
 
 
