@@ -276,6 +276,24 @@ def test_trustworthiness_against_a_plain_loop():
 # ---------------------------------------------------------------------------- the command
 
 
+@pytest.fixture(autouse=True)
+def panels_stay_apart(monkeypatch):
+    """No panel of a figure covers another one or leaves the page."""
+    seen = []
+
+    def checked(draw, canvas, box, *args, **kw):
+        left, top, right, bottom = box
+        assert 0 < left < right < canvas.size[0] and 0 < top < bottom < canvas.size[1]
+        for other in (other for page, other in seen if page is canvas):
+            beside = right < other[0] or other[2] < left
+            assert beside or bottom < other[1] or other[3] < top, (box, other)
+        seen.append((canvas, box))
+        return draw(canvas, box, *args, **kw)
+
+    for name in ("line_panel", "scatter_panel"):
+        monkeypatch.setattr(figures, name, functools.partial(checked, getattr(figures, name)))
+
+
 def train_and_probe(monkeypatch, name, data, *flags):
     """A tiny run in runs/NAME with its probe.json, after one epoch of the heads."""
     monkeypatch.setattr(figures, "tsne", functools.partial(tsne.tsne, iterations=20))
