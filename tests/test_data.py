@@ -393,7 +393,8 @@ def test_pictures_stand_upright():
 def test_sixteen_bits_are_scaled_by_257_and_a_dark_set_is_said_once(capsys, suffix, top):
     deep = np.linspace(0, top, 64).round().astype(np.uint16).reshape(8, 8)
     names = [f"{split}/{c}/1.{suffix}" for split in ("train", "test") for c in "ab"]
-    write("set", dict.fromkeys(names, Image.fromarray(deep)))
+    image = Image.fromarray(deep)
+    write("set", dict.fromkeys(names, image.convert("I") if suffix == "pgm" else image))
     for split in load("set"):
         assert (split.images == deep // 257).all()
     warned = f"warning: set: 16-bit images reach only {top:,} of 65,535"
@@ -471,7 +472,7 @@ def test_of_several_pages_or_frames_the_first_is_read_and_said_once(capsys):
 
 
 def test_every_suffix_that_pillow_decodes_is_read_in_any_case(capsys):
-    image, suffixes = Image.new("RGB", (8, 8), (200, 100, 50)), ["png", "JPG", "jpeg", "jpe"]
+    image, suffixes = Image.new("RGB", (16, 16), (200, 100, 50)), ["png", "JPG", "jpeg", "jpe"]
     suffixes += ["bmp", "gif", "webp", "tif", "TIFF", "ppm", "tga", "pcx", "ico", "jp2", "sgi"]
     Path("set").mkdir()
     for suffix in suffixes:
