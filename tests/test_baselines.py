@@ -319,6 +319,20 @@ def test_unet_takes_time_v_and_the_skips(tiny):
         hook.remove()
 
 
+def test_diffaes_encoder_has_the_levels_of_table_5():
+    """Resolution and width after each layer, attention where the resolution asks for it."""
+    cfg = unet.UNetConfig(32, 3, 8, 2, (1, 2), (1, 2, 3), (16,), 2, 0.0)
+    net, seen = unet.VectorEncoder(cfg), []
+    for layer in net.layers:
+        kind = "attention" if isinstance(layer, unet.AttentionBlock) else "conv"
+        layer.register_forward_hook(lambda *a, k=kind: seen.append((k, *a[-1].shape[1:3])))
+    net(torch.randn(1, 3, 32, 32), torch.zeros(1))
+    levels = [("conv", 8, 32)] * 3 + [("conv", 8, 16)]
+    levels += [("conv", 16, 16), ("attention", 16, 16)] * 2 + [("conv", 16, 8)]
+    levels += [("conv", 24, 8)] * 2
+    assert seen == levels + [("conv", 24, 8), ("attention", 24, 8), ("conv", 24, 8)]
+
+
 # ---------------------------------------------------------------------------- floors
 
 
