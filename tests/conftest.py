@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -71,6 +70,8 @@ def fails(capsys, function, *args) -> str:
 @contextmanager
 def full_disk(size):
     """No file grows beyond `size` bytes, as on a full disk."""
+    import resource  # Unix alone has it
+
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
     try:
