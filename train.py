@@ -549,9 +549,12 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(1, device=name).device
+        if torch.device(name).type in ("cpu", "cuda"):
+            return torch.empty(1, device=name).device
+        reason = "cpu and cuda do; Apple's mps has no float64"
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name} does not work here ({str(error).splitlines()[0]}); use --device cpu")
+        reason = str(error).splitlines()[0]
+    fail(f"--device {name} does not work here ({reason}); use --device cpu")
 
 
 def cpu_capabilities() -> dict:

@@ -432,6 +432,7 @@ def test_bad_input_is_one_line_and_status_2(folder, tmp_path, capsys):
         (["--name", ""], "--name : give the name"),
         (["--name", "odd", "--resume"], "no checkpoint in runs/odd"),
         (["--device", "nonsense"], "--device nonsense does not work here"),
+        (["--device", "meta"], "--device meta does not work here (cpu and cuda do"),
         (["--epochs", "0"], "0 is not a number above 0"),
         (["--epochs", "nan"], "nan is not a number above 0"),
         (["--epochs", "1e308"], "1e308 is not a number above 0, below 1e12"),
