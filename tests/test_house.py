@@ -203,25 +203,33 @@ def record(name):
 @needs_readme
 def test_accuracies_of_the_readme_are_those_of_the_records():
     text = README.read_text()
-    cell = r"\| `python train\.py(?: --data (\w+))?` \| [^|]* \| ([\d.]+) \(t = (\d+)\) "
-    ladder = re.findall(cell + r"\| ([\d.]+), ([\d.]+), ([\d.]+) \| ([\d.]*) ?\|", text)
+    rung = r"\| `python train\.py(?: --data (\w+))?` \| (\d+) \+ (\d+) min \| "
+    ladder = re.findall(rung + r"([^|]*) \| ([^|]*) \| ([\d.]*) ?\|", text)
     assert [row[0] for row in ladder] == ["", "mnist", "cifar10"]
     paper = record("paper")["table1"]["DiER"]
-    for name, top1, t, *floors, published in ladder:
-        found = record(name or "glyphs")
-        assert (top1, t) == (f"{found['test_top1']:.2f}", str(found["chosen_t"])), name
-        assert floors == [f"{x:.2f}" for x in found["floors"].values()], name
+    for name, training, probing, top1, floors, published in ladder:
+        runs = [record(f"{name or 'glyphs'}{seed}") for seed in ("", "-seed-1", "-seed-2")]
+        found = [f"{run['test_top1']:.2f} ({run['chosen_t']})" for run in runs]
+        assert top1.replace("t = ", "") == ", ".join(found), name
+        assert floors == ", ".join(f"{x:.2f}" for x in runs[0]["floors"].values()), name
+        seconds = (runs[0]["training"]["seconds"], runs[0]["seconds"])
+        assert [training, probing] == [f"{s / 60:.0f}" for s in seconds], name
         assert published == (str(paper[name]) if name else ""), name
-    more = ["glyphs-one-thread", "glyphs-seed-1", "glyphs-seed-2"]
-    more += ["mnist-fp32", "mnist-seed-1", "cifar10-seed-1"]
-    said = re.findall(r"\d\d\.\d\d", re.search(r"\(glyphs again on one core([^)]*)\)", text)[1])
-    assert said == [f"{record(name)['test_top1']:.2f}" for name in more]
+    said = re.search(r"\(again on one core (\S+)\),.* \(in fp32 (\S+)\)", text, re.DOTALL).groups()
+    again = [record(name)["test_top1"] for name in ("glyphs-one-thread", "mnist-fp32")]
+    assert list(said) == [f"{top1:.2f}" for top1 in again]
     rows = [row for name in ("glyphs-fp32", "glyphs-one-thread") for row in record(name)["rows"]]
     at_400 = [f"{row['top1']:.2f}" for row in rows if row["t"] == 400]
     assert f"others had {' to '.join(at_400)})" in text
-    said = re.search(r"with `--norm none` ours are (\S+) and (\S+)\.\n", text).groups()
+    said = re.search(r"with `--norm none` ours\sare (\S+) and (\S+)\.\n", text).groups()
     none = [record(f"{name}-norm-none")["oracle_top1"] for name in ("mnist", "cifar10")]
     assert list(said) == [f"{top1:.2f}" for top1 in none]
+    leads = []
+    for name in ("cifar10", "cifar10-seed-1", "cifar10-seed-2"):
+        second, best = sorted(record(name)["rows"], key=lambda row: row["top1"])[-2:]
+        assert best["t"] == 100
+        leads.append(best["top1"] - second["top1"])
+    assert f"by {min(leads):.1f} to {max(leads):.1f} points; the other" in text
     curve = re.search(r"^\| t \|(.*)\|\n\|[- |]+\|\n((?:\|.*\n){3})", text, re.MULTILINE)
     times = [int(t) for t in curve[1].split("|")]
     for line in curve[2].splitlines():
