@@ -1,5 +1,6 @@
 """A set of tiny images on disk, and the smallest model that trains on it in a second."""
 
+import gc
 import json
 import os
 import shutil
@@ -82,5 +83,7 @@ def full_disk(size):
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Tiny tensors gain nothing from threads, and results must not depend on their number."""
+    """Tiny tensors gain nothing from threads, and results must not depend on their number. Without
+    the freeze Python's collector would walk through all of torch again and again."""
     torch.set_num_threads(1)
+    gc.freeze()
