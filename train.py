@@ -545,13 +545,14 @@ def build_parser() -> Parser:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name, "auto" being cuda if there is one; exits where it does not work."""
+    """The device of that name, "auto" being cuda if there is one; exits where it does not work, and
+    for other kinds than cpu and cuda: Apple's mps has no float64, which `sinusoid` needs."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if torch.device(name).type in ("cpu", "cuda"):
             return torch.empty(1, device=name).device
-        reason = "cpu and cuda do; Apple's mps has no float64"
+        reason = "cpu and cuda alone do"
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
     fail(f"--device {name} does not work here ({reason}); use --device cpu")
@@ -570,7 +571,7 @@ def pick_amp(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    cpu = cpu_capabilities() if device.type == "cpu" else {}
+    cpu = cpu_capabilities()
     return "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "off"
 
 

@@ -1,4 +1,5 @@
-"""A set of tiny images on disk, and the smallest model that trains on it in a second."""
+"""What tests share: a set of tiny images, the smallest model that trains on it in a second, a run
+as a user starts it, the one line of an error, a full disk."""
 
 import gc
 import json
@@ -83,7 +84,11 @@ def full_disk(size):
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Tiny tensors gain nothing from threads, and results must not depend on their number. Without
-    the freeze Python's collector would walk through all of torch again and again."""
+    """Tiny tensors gain nothing from threads, and results must not depend on their number."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def frozen_imports():
+    """Python's collector passes over what was imported before the first test: all of torch."""
     gc.freeze()

@@ -432,7 +432,7 @@ def test_bad_input_is_one_line_and_status_2(folder, tmp_path, capsys):
         (["--name", ""], "--name : give the name"),
         (["--name", "odd", "--resume"], "no checkpoint in runs/odd"),
         (["--device", "nonsense"], "--device nonsense does not work here"),
-        (["--device", "meta"], "--device meta does not work here (cpu and cuda do"),
+        (["--device", "meta"], "--device meta does not work here (cpu and cuda alone do)"),
         (["--epochs", "0"], "0 is not a number above 0"),
         (["--epochs", "nan"], "nan is not a number above 0"),
         (["--epochs", "1e308"], "1e308 is not a number above 0, below 1e12"),
@@ -541,6 +541,17 @@ def test_a_closed_pipe_ends_quietly(folder, monkeypatch, capsys):
             train.guard(lambda: run("--data", folder, "--epochs", "4"))
         pipe.flush()  # as Python does at its end; it has nothing to complain of
     assert stop.value.code == 141 and capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_a_pipe_that_closes_while_a_process_trains_ends_it_quietly(folder, tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--data", folder, "--epochs", "4"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    child = subprocess.Popen(command, cwd=tmp_path, env=env, **pipes)
+    child.stdout.readline()
+    child.stdout.close()
+    assert child.stderr.read() == "" and child.wait() == 141
 
 
 def test_closed_streams_are_no_error(tmp_path):
@@ -687,16 +698,17 @@ def test_on_a_terminal_the_last_line_stands_alone(folder, monkeypatch, rate, las
     with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as m:
         m.setattr(sys, "stdout", terminal)
         m.setattr(sys, "stderr", terminal)
-        epochs = "0.8" if last[0] == "2" else "40"
+        epochs, status = ("0.8", 0) if last[0] == "2" else ("40", 2)
         flags = ["--data", folder, "--lr", rate, "--batch-size", "16", "--epochs", epochs]
-        ends = contextlib.nullcontext() if last[0] == "2" else pytest.raises(SystemExit)
-        with ends:
+        with pytest.raises(SystemExit) as stop:
             train.guard(lambda: run(*flags))
+            raise SystemExit(0)  # as Python ends a script that came to its end
     out = b""
     with contextlib.suppress(OSError):  # EIO: the other side is closed
         while block := os.read(ours, 4096):
             out += block
     os.close(ours)
+    assert stop.value.code == status
     *_, row, end = out.decode().splitlines()
     assert row.removeprefix("\033[A\033[K").startswith("step ") and end.startswith(last), out
     assert out.count(b"\033[A\033[K") == out.count(b"\nstep ") + out.count(b"Kstep ") - 1
