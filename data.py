@@ -46,7 +46,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 warnings.filterwarnings("ignore", module="PIL")  # of odd metadata, and of images that are large
@@ -104,6 +104,16 @@ PATTERNS = {  # where the images of a set lie; root is whatever the archive's ma
 }
 TRAIN = ("train", "training")  # names of a split's folder
 TEST = ("test", "testing", "val", "valid", "validation")
+ORIENTATION = 0x0112  # the tag of EXIF; what its value asks a viewer to do with the picture
+UPRIGHT = {
+    2: Image.FLIP_LEFT_RIGHT,
+    3: Image.ROTATE_180,
+    4: Image.FLIP_TOP_BOTTOM,
+    5: Image.TRANSPOSE,
+    6: Image.ROTATE_270,
+    7: Image.TRANSVERSE,
+    8: Image.ROTATE_90,
+}
 NO_PICTURES = ("EPS", "WMF", "HDF5", "GRIB", "BUFR", "MPEG")  # opened by Pillow, but not decoded
 SUFFIXES = frozenset(  # .png, .jpg, .jfif, .webp, ...; .mpo is opened by the reader of .jpg
     suffix
@@ -224,6 +234,11 @@ def extract(path: Path, folder: Path) -> None:
             for member in progress(members, what, len(members), "files"):
                 archive.extract(member, folder)
         return
+    if not hasattr(tarfile, "data_filter"):
+        fail(
+            f"{path} cannot be unpacked safely by Python {platform.python_version()}, but by "
+            "3.10.12, 3.11.4, 3.12 and later: update, or unpack it there by hand, with tar -xf"
+        )
     with path.open("rb") as raw, tarfile.open(fileobj=raw) as archive:
         size = path.stat().st_size / 1e6
         members = progress(archive, what, size, "MB", lambda: raw.tell() / 1e6)
@@ -457,7 +472,7 @@ def read_folder(name: str, folder: Path) -> Found:
     left_out = defaultdict(list)
     if name in SETS:
         pictures = list_named(name, folder, left_out)
-    elif folder.is_dir():
+    elif name and folder.is_dir():  # "" would be the current folder
         pictures = list_own(folder, left_out)
     else:
         fail(f"{name!r} is no folder of images and none of {', '.join(SETS)}")
@@ -517,7 +532,11 @@ def read_picture(path: Path) -> tuple[Image.Image, int | None, bool]:
     try:
         with Image.open(path) as file:
             several = file.format != "MPO" and getattr(file, "n_frames", 1) > 1  # MPO: iPhones'
-            image = ImageOps.exif_transpose(file)
+            file.load()
+            turn = None
+            with suppress(Exception):  # ImageOps.exif_transpose trips over other, odd tags
+                turn = UPRIGHT.get(file.getexif().get(ORIENTATION))
+            image = file.copy() if turn is None else file.transpose(turn)
     except Image.DecompressionBombError:
         raise Unreadable(f"{path} is too large to decode: shrink it") from None
     except MemoryError:
@@ -534,10 +553,13 @@ def read_picture(path: Path) -> tuple[Image.Image, int | None, bool]:
         brightest = int(pixels.max())
         if brightest > 65535 or pixels.min() < 0:
             raise Unreadable(f"{path} has pixels beyond 0..65,535: save it in 8 or 16 bits")
+        pixels[pixels == image.info.get("transparency", -1)] = 65535
         image = Image.fromarray((pixels / 257).astype(np.uint8))
     elif image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
+    elif image.mode == "LAB":  # which Pillow converts to RGB alone
+        image = image.convert("RGB")
     return image, brightest, several
 
 
@@ -816,8 +838,8 @@ def replace_file(path: Path, write: Callable[[Path], Any], private: bool = False
     """Call write(temporary path); what it wrote gets its name only if that ends well.
 
     So a reader sees the old file or the new one, whole. The temporary name is fixed: what kill -9
-    leaves is overwritten by the next call. In data/, where two runs may decode the same set at
-    once, it is `private` to this process.
+    leaves is overwritten by the next call. Where two processes may write the same file at once, as
+    in data/, it is `private` to this one.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, "is no plain file: name another", str(path))
@@ -833,6 +855,7 @@ def replace_file(path: Path, write: Callable[[Path], Any], private: bool = False
         remove(temporary)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all."""
-    replace_file(path, lambda to: to.write_text(json.dumps(value, indent=1) + "\n"))
+def write_json(path: Path, value: Any, private: bool = False) -> None:
+    """Write a value as JSON, whole or not at all (`private`: see `replace_file`)."""
+    text = json.dumps(value, indent=1) + "\n"
+    replace_file(path, lambda to: to.write_text(text), private)

@@ -25,6 +25,7 @@ Shapes: N training and M test images, B batch, V = 1024, K classes, H heads.
 import argparse
 import hashlib
 import math
+import os
 import re
 import sys
 import time
@@ -121,9 +122,11 @@ def make_folds(n: int, groups: np.ndarray | None) -> np.ndarray:
     """Fold of each training image, int64 (n,): 0 .. F - 1 are held out in turn, -1 never.
 
     From 5,000 images on F = 1, one tenth; below, F = 5 and every image is held out once. Images of
-    one group (a patient, a source picture) are never apart.
+    one group (a patient, a source picture) are never apart. Exits where there is one group.
     """
     unit = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
+    if unit.max() == 0:
+        fail("all training images are of one group, and held-out ones need another")
     order = np.random.default_rng(mix_seed(0, 1)).permutation(unit.max() + 1)
     share = order[unit] / (unit.max() + 1)  # in [0, 1)
     if n >= FEW:
@@ -445,12 +448,19 @@ def result_path(folder: Path, typed: dict, standard: dict) -> Path:
     for key in ("t", "data", "limit", "norm", "epochs", "lr", "weights"):
         if key in typed and typed[key] != standard[key]:
             value = typed[key]
-            value = "-".join(map(str, value)) if isinstance(value, list) else str(value)
-            value = re.sub(r"[^\w.-]+", "_", value)  # slashes: a/set and b/set are two sets
-            if len(value) > 60:  # a file's name has at most 255 bytes
-                value = hashlib.sha256(value.encode()).hexdigest()[:16]
-            words += [key, value]
+            values = value if isinstance(value, list) else [value]
+            words += [key, file_word("-".join(map(str, values)))]
     return folder / ("-".join(words) + ".json")
+
+
+def file_word(text: str) -> str:
+    """The value of a flag as a part of a file's name, another for each value: a hash stands for
+    what no name can hold, such as slashes, and for too many of the 255 bytes that it may have."""
+    code = hashlib.sha256(os.fsencode(text)).hexdigest()
+    word = re.sub(r"[^\w.-]+", "_", text)
+    if len(os.fsencode(word)) > 60:
+        return code[:16]
+    return word if word == text else f"{word}-{code[:8]}"
 
 
 def main(argv: list[str] | None = None) -> None:

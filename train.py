@@ -38,13 +38,18 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import numpy as np
 import torch
@@ -110,7 +115,7 @@ def train(
     abar = alphas_cumprod().float().to(device)
     mine = slice(rank, batch, processes)  # this process's images of a batch
     last = math.ceil(settings["epochs"] * len(images) / batch)
-    # What changes, new or as saved: networks, optimizer, counters.
+    # What changes, new or as saved: networks, optimizer, counters; rank 0 has the sums of all.
     parts = make_parts(net.to(device).train(), settings, device, saved)
     ema, optimizer, scaler = parts["ema"], parts["optimizer"], parts["scaler"]
     params, ema_params = list(net.parameters()), list(ema.parameters())
@@ -118,7 +123,7 @@ def train(
     counters = saved or {"step": 0, "row_step": 0, "log_size": 0, "seconds": 0.0}
     first, row_step, earlier = (counters[key] for key in ("step", "row_step", "seconds"))
     step = first
-    sums = saved["sums"].to(device) if saved else torch.zeros(SUMS, device=device)
+    sums = saved["sums"].to(device) if saved and rank == 0 else torch.zeros(SUMS, device=device)
     log = open_log(folder, counters["log_size"], rank)
     signals = catch_signals(finish_step=True)
     start = row_time = time.monotonic()
@@ -271,6 +276,24 @@ def read_finite(sums: Tensor, settings: dict, since: int, step: int, folder: Pat
             NotFinite,
         )
     return values
+
+
+@contextmanager
+def claim(folder: Path, rank: int = 0) -> Iterator[None]:
+    """Lock a run for as long as rank 0 trains it; exits where another process does. The lock is on
+    log.jsonl and ends with the process, however that ends; Windows has none."""
+    if rank or not fcntl:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.jsonl").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another process is training {folder}: wait for it, or stop it")
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def open_log(folder: Path, size: int, rank: int) -> Any:
@@ -593,7 +616,8 @@ def resolve(typed: dict) -> dict:
         chosen["preset"] = "paper" if device.type == "cuda" else "cpu"
     chosen["amp"] = pick_amp(chosen["amp"], device)
     facts = data.set_facts(chosen["data"])._asdict()
-    row = table_row(chosen["preset"], chosen["data"], facts["row"])
+    known = chosen["data"] if chosen["data"] in data.SETS else ""  # a folder may be named "32"
+    row = table_row(chosen["preset"], known, facts["row"])
     settings = {**facts, **row, **chosen}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}  # as JSON
 
@@ -638,6 +662,9 @@ def join_processes(device: str) -> None:
         return
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
+        gpus, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if wanted > gpus:
+            fail(f"{wanted} processes, but {gpus} GPU(s) here: give --nproc_per_node={gpus}")
         torch.cuda.set_device(local)
     # torchrun's store keeps the addresses of dead processes over a restart: a prefix hides them.
     hour = timedelta(hours=1)
@@ -698,8 +725,8 @@ def guard(main: Callable[[], None]) -> None:
             os.environ["LOCAL_RANK"] = "0"  # whichever process it is, it says so
             what = textwrap.shorten(text, 150)
             fail(f"out of memory ({what}): try --accum 2 or more, or a smaller --batch-size")
-        if "C++ compiler" in text:
-            fail("--compile needs a C++ compiler here: install g++, or leave --compile out")
+        if "C++ compiler" in text or "C compiler" in text:  # for a CPU, for a GPU
+            fail("--compile needs a compiler here: install gcc and g++, or leave --compile out")
         if dist.is_initialized() and ("gloo" in text or "NCCL" in text):
             fail(f"another process ended ({text[:80]}); the last checkpoint stays")
         raise
@@ -709,10 +736,13 @@ def main(argv: list[str] | None = None) -> None:
     """Resolve the settings of a new or a resumed run, show them, run it."""
     typed = vars(build_parser().parse_args(argv))
     name, resume, dry_run = (typed.pop(key, None) for key in ("name", "resume", "dry_run"))
-    join_processes(typed.get("device", "auto"))
     if name is None and ("data" in typed or not resume):
         name = Path(typed.get("data", DEFAULTS["data"])).resolve().name
     folder = find_run(name) if resume else run_folder(name)
+    device = typed.get("device", "auto")
+    if resume and device == "auto":  # it goes on where it was
+        device = read_config(folder).get("device", device)
+    join_processes(device)
     saved = read_checkpoint(folder, dier=True) if resume or restarted(folder) else None
     if saved:
         settings = resolve_resumed(typed, saved["settings"])
@@ -756,11 +786,12 @@ def run(settings: dict, folder: Path, saved: dict | None, command: list[str]) ->
         fail(f"{folder} has done {done:.4g} epochs: give more with --epochs")
     settings = {"origin": origin(command, settings["device"]), **settings, **found}  # or as saved
     settings["launch"] = this_launch()
-    if rank == 0:
-        data.write_json(folder / "config.json", settings)
-    torch.manual_seed(settings["seed"])
-    net = build_dier(settings)
-    step, seconds, stopped = train(net, dier_loss, split.images, settings, folder, saved)
+    with claim(folder, rank):
+        if rank == 0:
+            data.write_json(folder / "config.json", settings)
+        torch.manual_seed(settings["seed"])
+        net = build_dier(settings)
+        step, seconds, stopped = train(net, dier_loss, split.images, settings, folder, saved)
     if processes > 1:  # all end together, when rank 0 has saved: gloo's threads abort a lonely end
         dist.barrier()
         dist.destroy_process_group()

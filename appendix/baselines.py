@@ -198,21 +198,27 @@ def flops_per_image(name: str, settings: dict) -> int:
 class PCA(probe.Pixels):
     """Raw pixels on their first components, at most 1,024: (B, C, H, W), (B,) -> (B, P).
 
-    pixels: float (N, C * h * w), those of the training images.
+    pixels: float (N, C * h * w), those of the training images. P is at most their rank, which is
+    below N: along any further component training images differ by rounding alone and test images
+    do not, which a standardised probe takes for thousands of standard deviations.
     """
 
     def __init__(self, pixels: Tensor):
         super().__init__()
         pixels = pixels.double()
         mean = pixels.mean(0)
-        _, vectors = torch.linalg.eigh((pixels - mean).T @ (pixels - mean))  # ascending
-        self.register_buffer("mean", mean.float())
-        self.register_buffer("components", vectors.flip(1)[:, :V].float())  # (C * h * w, P)
+        values, vectors = torch.linalg.eigh((pixels - mean).T @ (pixels - mean))  # ascending
+        rounding = values[-1] * max(pixels.shape) * torch.finfo(values.dtype).eps
+        rank = int((values > rounding).sum())
+        self.register_buffer("mean", mean)
+        self.register_buffer("components", vectors.flip(1)[:, : min(rank, V)])
 
     def forward(self, x0: Tensor, t: Tensor) -> Tensor:
-        # In half precision the rounding of bright pixels would drown the small components.
+        # In less than full precision the rounding of bright pixels drowns small components, and on
+        # a GPU fp32 products may be less: TF32.
         with torch.autocast(x0.device.type, enabled=False):
-            return (super().forward(x0, t) - self.mean) @ self.components
+            x = super().forward(x0, t).double()
+            return ((x - self.mean) @ self.components).float()
 
 
 def floor_encoder(name: str, settings: dict, split: data.Split) -> nn.Module:
@@ -274,7 +280,8 @@ def train_run(table: Table, settings: dict, folder: Path, share: float) -> None:
     loss_fn = METHODS[name][1]
     if name == "supervised":
         loss_fn = labels_by_step(table.split, settings, saved["step"] if saved else 0)
-    step, _, stopped = train.train(net, loss_fn, table.split.images, settings, folder, saved)
+    with train.claim(folder):
+        step, _, stopped = train.train(net, loss_fn, table.split.images, settings, folder, saved)
     if stopped:
         print(f"{folder} stopped at step {step:,}: the same command goes on")
         raise SystemExit(128 + stopped)
@@ -326,6 +333,7 @@ def screen_rates(table: Table, settings: dict) -> dict[str, float]:
             found[rate] = run_stage(table, tried, folder, 1)["held_out"]
         except train.NotFinite:
             found[rate] = 0.0
+            write_json(folder / "stage-1.json", {"held_out": 0.0})  # done, as any other
 
     for rate in RATES:
         look(rate)
@@ -468,17 +476,19 @@ def print_rows(rows: list[dict]) -> None:
         print(f"{row['method']:16}" + "".join(f"{text:>10}" for text in texts))
 
 
-def write_table(table: Table, common: dict, seeds: int) -> list[dict]:
+def write_table(table: Table, common: dict) -> list[dict]:
     """Write the table's file with all cells that are there, of this command or another; returns its
     rows."""
     keys = ("data", "preset", "size", "epochs", "batch_size", "device", "amp", "images")
     shared, cells = {key: common[key] for key in keys}, []
-    for method in [*METHODS, *FLOORS]:
-        for seed in range(seeds):
-            folder = RUNS / "baselines" / f"{table.path.stem}-{method}-{seed}"
-            if (folder / "cell.json").exists() and method != "tokenizer":
-                refuse_other(folder, shared)
-                cells.append(json.loads((folder / "cell.json").read_text()))
+    names = [name for name in [*METHODS, *FLOORS] if name != "tokenizer"]
+    known = {f"{table.path.stem}-{name}": name for name in names}
+    for path in (RUNS / "baselines").glob("*/cell.json"):
+        run, _, seed = path.parent.name.rpartition("-")
+        if run in known and seed.isdecimal():
+            refuse_other(path.parent, shared)
+            cells.append((names.index(known[run]), int(seed), json.loads(path.read_text())))
+    cells = [cell for _, _, cell in sorted(cells, key=lambda found: found[:2])]
     rows = make_rows(cells, common["data"])
     times = ", ".join(map(str, TIMES))
     head = {
@@ -487,7 +497,7 @@ def write_table(table: Table, common: dict, seeds: int) -> list[dict]:
         "threads": torch.get_num_threads(),
         "probe": f"t = {times} for methods with time, {LABELS:,} labels, {probe.EPOCHS} epochs",
     }
-    write_json(table.path, {**head, "rows": rows, "cells": cells})
+    write_json(table.path, {**head, "rows": rows, "cells": cells}, private=True)
     return rows
 
 
@@ -528,7 +538,7 @@ def main(argv: list[str] | None = None) -> None:
                 build(method, common | {"method": method})
     command = train.origin(["-m", "appendix.baselines", *argv], common["device"])
     table = Table(out, split, probed, common["epochs"], command)
-    write_table(table, common, seeds)  # where it cannot be written, nothing is trained
+    write_table(table, common)  # where it cannot be written, nothing is trained
     for seed in range(seeds):
         for method in methods:
             if seed and method in SEEDLESS:
@@ -539,8 +549,8 @@ def main(argv: list[str] | None = None) -> None:
                 tokenizer_run(table, settings)
             else:
                 (run_floor if method in FLOORS else run_cell)(table, settings)
-            write_table(table, common, seeds)
-    print_rows(write_table(table, common, seeds))
+            write_table(table, common)
+    print_rows(write_table(table, common))
     print(f"saved: {out}")
 
 

@@ -87,7 +87,7 @@ class Reference:
     """The same steps written plainly."""
 
     def __init__(self, settings: dict, _: Path):
-        self.settings, self.device = settings, torch.device(settings["device"])
+        self.settings, self.device = settings, train.pick_device(settings["device"])
         self.pixels = on_device(random_pixels(settings), self.device)
         net = PlainDiER(train.model_config(settings)).to(self.device).train()
         self.training = PlainTraining(net, settings["lr"], settings["ema"], settings["clip"])
@@ -201,7 +201,8 @@ def best_seconds(call: Callable[[], Tensor]) -> float:
     times: list[float] = []
     while len(times) < 6 and sum(times) < 0.5:  # emulated bf16 can take seconds
         start = time.perf_counter()
-        call().flatten()[0].item()  # waits
+        result = call()
+        result[(0,) * result.ndim].item()  # waits
         times.append(time.perf_counter() - start)
     return min(times)
 

@@ -22,7 +22,6 @@ Shapes: B batch, N images, C channels, H W pixels, V = 1024, K classes.
 """
 
 import math
-import re
 import shlex
 import statistics
 import sys
@@ -269,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     if "few" in typed:
         files["few"] = few_labels(model, settings, splits, t, device)
         print_few(files["few"], t)
-    other = "" if name == settings["data"] else re.sub(r"[^\w.-]+", "_", f"-data-{name}")
+    other = "" if name == settings["data"] else f"-data-{probe.file_word(name)}"
     for stem, content in files.items():
         path = folder / f"{stem}{other}.json"
         write_json(path, result | {"rows": content})

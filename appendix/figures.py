@@ -383,6 +383,8 @@ def main(argv: list[str] | None = None) -> None:
     if logged:
         figure_6(logged, folder / "fig6.png")
     for run in runs:
+        if run.settings["method"] == "tokenizer":
+            fail(f"{run.name} is a tokenizer, which makes codes and no v to probe")
         if run.probe is None:
             fail(f"no {run.folder / 'probe.json'}: {probe_command(run)} makes it")
     figure_4(runs, folder / "fig4.png")

@@ -18,7 +18,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 # 8 x 8 pixels, 16 tokens, an encoder of two levels
 TINY = "--size 8 --patch 2 --hidden 16 --depth 1 --heads 2 --base 8 --mult 1 2 --attention 4"
-TINY = [*TINY.split(), "--enc-heads", "2", "--device", "cpu", "--amp", "off"]
+TINY = [*TINY.split(), "--enc-heads", "2", "--blocks", "1", "--device", "cpu", "--amp", "off"]
 
 
 def write_folder(folder: Path, per_class: int = 20, classes: int = 2) -> Path:

@@ -348,7 +348,12 @@ def test_pca_keeps_the_directions_of_largest_variance_first():
     _, s, _ = torch.linalg.svd(pixels - pixels.mean(0))
     assert torch.allclose(x.var(0), s**2 / 199, rtol=1e-3)
     wide = torch.randn(8, 3 * 20 * 20, generator=generator)
-    assert baselines.PCA(wide)(wide.view(8, 3, 20, 20), None).shape == (8, model.V)
+    pca = baselines.PCA(wide)  # 8 images have 7 directions; along others they differ by rounding
+    some = torch.randn(9, 3, 20, 20, generator=generator)
+    x, x_test = probe.standardise(pca(wide.view(8, 3, 20, 20), None), pca(some, None))
+    assert x.shape == (8, 7) and x_test.abs().max() < 5
+    wide = torch.randn(model.V + 100, 3 * 20 * 20, generator=generator)
+    assert baselines.PCA(wide)(some, None).shape == (9, model.V)
 
 
 # ---------------------------------------------------------------------------- cells
@@ -428,6 +433,8 @@ def test_the_rate_is_the_best_on_held_out_images_and_an_edge_gets_one_more(
         found = baselines.screen_rates(table, {**settings, "seed": 3})
         assert next(iter(found)) == best and looked == [*baselines.RATES, *more]
         assert len(found) == len(looked) and list(found.values()) == sorted(found.values())[::-1]
+    name = f"{table.path.stem}-{settings['method']}-0-lr-0.004"  # no later call trains it again
+    assert read(train.RUNS / "baselines" / name / "stage-1.json") == {"held_out": 0.0}
 
 
 def test_a_damaged_screen_ends_the_command_and_scores_nothing(tiny, folder, monkeypatch):
@@ -494,7 +501,8 @@ def test_supervised_learns_the_labels_of_the_right_images():
     """Each image is as bright as its label says, over the end of an epoch, from any step on."""
     labels = np.arange(10) % 4
     images = np.broadcast_to(60 * labels[:, None, None, None], (10, 1, 4, 4)).astype(np.uint8)
-    split, settings = data.Split(images, labels, None, list("abcd")), settings_of("supervised")
+    split = data.Split(images, labels, None, list("abcd"))
+    settings = settings_of("supervised", device="cpu")
     scale = torch.tensor([60.0])
 
     def brightness(x0):
@@ -580,6 +588,8 @@ def test_a_table_that_was_interrupted_ends_equal_to_one_that_was_not(
     baselines.main([*arguments[:3], "random", "--seeds", "2", "--out", "cut.json"])  # joins them
     methods = [row["method"] for row in read("cut.json")["rows"]]
     assert methods == ["dier", "mae", "random", "pixels"]
+    baselines.main([*arguments[:3], "pixels", "--out", "cut.json"])  # of one seed: keeps the others
+    check_rows(read("cut.json"))
     baselines.main(cut)
     assert trained == [0, 0] + 10 * [1]  # nothing is run again
     for command in (cut, [*arguments[:3], "pca", "--out", "cut.json"]):

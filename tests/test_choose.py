@@ -236,7 +236,7 @@ def test_the_next_command_repeats_what_was_typed(trained, capsys):
     command = capsys.readouterr().out.splitlines()[-1].partition("; next: ")[2]
     flags = "--name set --data 'other/a set' --data-dir data --device cpu"
     assert command.startswith("python probe.py --t ") and command.endswith(flags)
-    assert (trained / "choose-data-other_a_set.json").exists()
+    assert (trained / f"choose-data-{probe.file_word('other/a set')}.json").exists()
 
 
 def test_no_label_is_read_without_a_flag_that_needs_it(trained, monkeypatch):

@@ -7,6 +7,7 @@ import io
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -281,6 +282,7 @@ def test_oct2017_groups_by_patient_in_every_layout(capsys, root, archive):
          "set: test has classes that train (Box, Disc) lacks: disc"),
         ("set", tree("x/y/a/1"), "no images in set; left out: 1 too deep (x/y/a/1.png)"),
         ("set", tree("a.txt"), "no images in set; left out: 1 of an unread suffix (a.txt)"),
+        ("", tree("a/1 b/2"), "'' is no folder of images and none of glyphs"),
         ("minst", {}, "'minst' is no folder of images and none of glyphs, mnist, cifar10"),
     ],
 )  # fmt: skip
@@ -388,6 +390,25 @@ def test_pictures_stand_upright():
     assert len(images) == 8 and (images == np.asarray(shown).transpose(2, 0, 1)).all()
 
 
+def test_an_odd_tag_of_exif_does_not_make_a_turned_picture_damaged():
+    """XResolution (0x11a) as text: Pillow reads it, but cannot write it back."""
+    tags = struct.pack("<HHIHHHHI4s", 0x112, 3, 1, 6, 0, 0x11A, 2, 3, b"72")
+    stored = Image.new("RGB", (16, 8))
+    stored.paste("white", (0, 0, 8, 8))  # left, which a viewer shows at the top
+    Path("set").mkdir()
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    stored.save("set/1.png", exif=exif)
+    image, _, _ = data.read_picture(Path("set/1.png"))
+    assert image.size == (8, 16)
+    assert (np.asarray(image)[:8] == 255).all() and not np.asarray(image)[8:].any()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_picture_in_lab_is_read(channels):
+    write("set", {"1.tif": Image.new("LAB", (8, 8), (255, 128, 128)), "2.png": 1})
+    assert (load("set", channels=channels)[0].images[0] >= 254).all()  # white
+
+
 @pytest.mark.parametrize("top", [4095, 8191, 8192, 65535])
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
 def test_sixteen_bits_are_scaled_by_257_and_a_dark_set_is_said_once(capsys, suffix, top):
@@ -419,6 +440,14 @@ def test_transparency_is_laid_on_white(mode, channels):
     for image in load("set", channels=channels)[0].images:
         assert (image[:, :2] == 255).all() and (image[:, 4:] == 100).all()
         assert abs(image[:, 2:4].astype(int) - half).max() <= 1
+
+
+def test_transparency_of_sixteen_bits_is_laid_on_white():
+    deep = np.repeat(np.uint16([257 * 7, 257 * 100]), 32).reshape(8, 8)
+    write("set", {"2.png": 1})
+    Image.fromarray(deep).save("set/1.png", transparency=257 * 7)
+    image = load("set")[0].images[0]
+    assert (image[:, :4] == 255).all() and (image[:, 4:] == 100).all()
 
 
 NOISE = io.BytesIO()
@@ -592,6 +621,19 @@ def test_no_member_leaves_its_folder(tmp_path, capsys, kind, member):
     fails(capsys, load, "bccd")
     for file in tmp_path.rglob("out.jpeg"):
         assert file.is_relative_to(tmp_path / "data/bccd/a")
+
+
+def test_a_python_that_cannot_unpack_safely_says_so_and_not_that_the_archive_is_damaged(
+    capsys, monkeypatch
+):
+    monkeypatch.delattr(tarfile, "data_filter")
+    files = cifar_files("cifar10")[0]
+    pack(f"data/cifar10/{ARCHIVE}", files)
+    line = fails(capsys, load, "cifar10")
+    assert "cannot be unpacked safely by Python" in line and "damaged" not in line
+    assert entries("data/cifar10") == [ARCHIVE]
+    write("data/cifar10", files)  # by hand, as the line says
+    assert len(load("cifar10")[0].images) == 15
 
 
 def test_leftovers_of_dead_processes_are_removed():

@@ -449,6 +449,8 @@ def test_what_it_cannot_draw_gets_one_line(probed, capsys, tmp_path, monkeypatch
     (probed / "probe.json").write_text(json.dumps(result))
     figures.Embedder(figures.read_run(probed), CPU)
     assert "python probe.py --name set probes anew" in capsys.readouterr().out
+    (probed / "config.json").write_text('{"method": "tokenizer"}')
+    assert "set is a tokenizer, which makes" in fails(capsys, figures.main, ["--name", "set"])
     (probed / "config.json").write_text('{"method": "gan"}')
     assert "a run of gan, which is none of" in fails(capsys, figures.main, ["--name", "set"])
     (tmp_path / "empty").mkdir()

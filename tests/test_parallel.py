@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, script, write_folder
+from conftest import ROOT, TINY, fails, script, write_folder
 
 import train
 
@@ -67,6 +67,28 @@ def test_two_processes_learn_what_one_learns_and_runs_pass_between_them(tmp_path
     states = [read(tmp_path / f"runs/{name}") for name in ("one", "two")]
     for key, value in states[0]["raw"].items():
         assert torch.allclose(value, states[1]["raw"][key], atol=2e-3), key
+
+
+@pytest.mark.slow
+def test_a_run_stopped_between_two_rows_goes_on_with_two_processes(folder, tmp_path, monkeypatch):
+    """Each image of the row that was cut counts once, whoever holds the sums so far."""
+    flags = [*FLAGS, "--data", folder, "--epochs", "16", "--name"]  # 40 steps
+    train.main([*flags, "straight"])
+    real = train.draw
+
+    def draw(seed, step, *args):
+        if step == 35:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(seed, step, *args)
+
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(train, "draw", draw)
+        train.main([*flags, "cut"])
+    done = torchrun("train.py", "--name", "cut", "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    a, b = (log(tmp_path / "runs" / name)[-1] for name in ("straight", "cut"))
+    assert a["step"] == b["step"] == 40
+    assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
 
 
 def write_script(tmp_path):
@@ -130,6 +152,25 @@ def test_sigterm_to_torchrun_saves_and_a_resume_goes_on(tmp_path):
     step = read(tmp_path / "runs/set")["step"]
     assert f"stopped at step {step:,}" in out and step % 20 == 0 or step < 20, err
     assert log(tmp_path / "runs/set")[-1]["step"] == step
+
+
+def test_a_resumed_run_meets_on_the_device_it_had(folder, monkeypatch):
+    train.main([*FLAGS, "--data", folder, "--epochs", "1"])
+    asked = []
+    monkeypatch.setattr(train, "join_processes", asked.append)
+    for k, flags in enumerate(([], ["--device", "auto"], ["--device", "cpu"]), 2):
+        train.main(["--data", folder, "--resume", "--epochs", str(k), *flags])
+    train.main([*FLAGS, "--data", folder, "--device", "auto", "--dry-run", "--name", "new"])
+    assert asked == ["cpu", "cpu", "cpu", "auto"]
+
+
+def test_more_processes_than_gpus_get_one_line(monkeypatch, capsys):
+    for key, value in {"RANK": 0, "WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3, "LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(key, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    words = "3 processes, but 2 GPU(s) here: give --nproc_per_node=2"
+    assert words in fails(capsys, train.join_processes, "auto")
 
 
 def test_only_a_restarted_process_of_the_same_launch_resumes(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """probe.py: the heads against a plain loop, the honest choice of t, the floors, the files."""
 
+import hashlib
 import json
 import math
+import os
 import shutil
 
 import numpy as np
@@ -170,7 +172,7 @@ def test_top1_and_top5_of_head_0_and_held_out_of_the_head_that_did_not_see(monke
     assert row["held_out"] == pytest.approx(100 / 12)  # both folds count
 
 
-def test_folds_keep_groups_together_and_hold_everything_out_once():
+def test_folds_keep_groups_together_and_hold_everything_out_once(capsys):
     groups = np.random.default_rng(0).integers(0, 60, 1000)
     folds = probe.make_folds(1000, groups)
     assert set(folds) == set(range(5))
@@ -178,6 +180,7 @@ def test_folds_keep_groups_together_and_hold_everything_out_once():
     alone = probe.make_folds(1000, None)
     assert np.bincount(alone).tolist() == [200] * 5
     assert set(probe.make_folds(probe.FEW - 1, None)) == set(range(5))
+    assert "of one group" in fails(capsys, probe.make_folds, 60, np.zeros(60))
     many = probe.make_folds(probe.FEW, np.arange(probe.FEW) // 4)
     assert set(many) == {-1, 0} and 0.08 < (many == 0).mean() < 0.12
     assert all(len(set(many[i : i + 4])) == 1 for i in range(0, probe.FEW, 4))
@@ -495,6 +498,16 @@ def test_t_auto_searches_without_the_test_labels_and_probes_the_t_found(
         assert f"x_train_{t}" in file
 
 
+WORD = f"other_set-{hashlib.sha256(b'other/set').hexdigest()[:8]}"
+
+
+def test_each_value_of_a_flag_has_a_name_of_its_own_that_a_file_can_have():
+    values = ["p/q", "p_q", "p q", "p", "日" * 30, "日" * 31, "x/" * 200, "x_" * 200, "a\udcff"]
+    words = [probe.file_word(value) for value in values]
+    assert len(set(words)) == len(values) and words[1] == "p_q"
+    assert all("/" not in word and len(os.fsencode(word)) <= 70 for word in words)
+
+
 def test_no_call_destroys_the_result_of_another(trained, tmp_path):
     write_folder(tmp_path / "other" / "set", per_class=6, classes=3)  # also a transfer
     kept = {}
@@ -502,7 +515,7 @@ def test_no_call_destroys_the_result_of_another(trained, tmp_path):
         ([], "probe-t-400-epochs-2.json"),
         (["--limit", "12", "--norm", "none"], "probe-t-400-limit-12-norm-none-epochs-2.json"),
         (["--weights", "raw", "--lr", "0.001"], "probe-t-400-epochs-2-lr-0.001-weights-raw.json"),
-        (["--data", "other/set"], "probe-t-400-data-other_set-epochs-2.json"),
+        (["--data", "other/set"], f"probe-t-400-data-{WORD}-epochs-2.json"),
         (["--limit", "0", "--norm", "std", "--lr", "2e-4", "--data", "set"], None),  # defaults
     ]:
         run("--t", "400", "--epochs", "2", *flags)
@@ -512,7 +525,7 @@ def test_no_call_destroys_the_result_of_another(trained, tmp_path):
         kept = found
     limited = json.loads(kept["probe-t-400-limit-12-norm-none-epochs-2.json"])
     assert limited["n_train"] == limited["n_test"] == 12 and limited["protocol"]["norm"] == "none"
-    other = json.loads(kept["probe-t-400-data-other_set-epochs-2.json"])
+    other = json.loads(kept[f"probe-t-400-data-{WORD}-epochs-2.json"])
     assert other["n_test"] == 18 and other["protocol"]["classes"] == 3
 
 

@@ -219,6 +219,21 @@ def test_a_second_ctrl_c_ends_at_once_and_keeps_the_checkpoint(folder, monkeypat
     assert [row["step"] for row in rows("set")] == list(range(1, 21))
 
 
+def test_a_run_is_trained_by_one_process_at_a_time(folder, capsys):
+    flags = ["--data", folder, "--epochs", "2", "--batch-size", "16"]
+    with train.claim(train.RUNS / "set"):  # another one, before its first checkpoint
+        assert "another process is training runs/set" in fails(capsys, run, *flags)
+        assert [path.name for path in (train.RUNS / "set").iterdir()] == ["log.jsonl"]
+    run(*flags)
+    files = {path: path.read_bytes() for path in (train.RUNS / "set").iterdir()}
+    with train.claim(train.RUNS / "set"):
+        resumed = "--epochs", "4"
+        assert "another process is training runs/set" in fails(capsys, resume, "set", *resumed)
+    assert {path: path.read_bytes() for path in (train.RUNS / "set").iterdir()} == files
+    resume("set", *resumed)
+    assert checkpoint("set")["step"] == 10
+
+
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_end_bit_equal(folder, tmp_path):
     """kill -9, wherever it strikes, also in the middle of a save, loses nothing but time."""
@@ -573,7 +588,8 @@ CPU_MEMORY = (  # as torch says it
         (MemoryError(), "--accum 2 or more, or a smaller --batch-size"),
         (RuntimeError(CPU_MEMORY), "you tried to allocate 1 bytes. Error"),
         (RuntimeError("Storage size calculation overflowed with sizes=[3]"), "out of memory ("),
-        (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "install g++"),
+        (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "install gcc and g++"),
+        (RuntimeError("Failed to find C compiler. Please specify via CC"), "install gcc and g++"),
         (OSError(28, "No space left on device"), "cannot write: No space left on device"),
         (PermissionError(13, "Permission denied", "runs/x"), "runs/x: Permission denied"),
     ],
@@ -608,6 +624,14 @@ def test_dry_run_needs_no_set_and_writes_nothing(name, preset, tmp_path, monkeyp
     row = M.table_row(preset, name, facts.row)
     assert all(result[key] == (list(v) if isinstance(v, tuple) else v) for key, v in row.items())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_named_as_a_row_of_table_4_has_the_row_of_its_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / "32" / split).mkdir(parents=True)
+        Image.new("RGB", (300, 300)).save(tmp_path / "32" / split / "1.png")
+    assert train.resolve({"data": "32", "preset": "paper", "device": "cpu"})["size"] == 256
 
 
 def test_typed_flags_replace_the_presets(tmp_path, monkeypatch, capsys):
