@@ -511,8 +511,8 @@ def read_set(name: str, folder: Path) -> Found:
 
 
 def open_set(name: str, data_dir: Path) -> Found:
-    """Both splits of any set, undecoded, and what was left out; downloads and unpacks what has to
-    be. Exits where the set is not found."""
+    """Both splits of any set, undecoded, and what was left out: reads what is there, and where
+    something is missing takes the next step towards it and tries again. Exits after the last."""
     folder = data_dir / name if name in SETS else Path(name)
     for step in (unpack, partial(download, name), unpack, partial(not_there, name)):
         with suppress(Missing):
@@ -727,8 +727,8 @@ def on_device(images: np.ndarray, device: torch.device) -> Tensor:
 @lru_cache(maxsize=2)  # every step of an epoch asks for the same one
 def permutation(n: int, seed: int, epoch: int, device: torch.device) -> Tensor:
     """The order of one epoch, int64 (n,): drawn on the CPU, so that it is the same everywhere, and
-    copied from pinned memory, so that nothing waits. (Its seed is also that of train.py's draws at
-    step `epoch`: other numbers of another distribution, and older records stay valid.)"""
+    copied from pinned memory, so that nothing waits. (Its seed is that of train.py's draws at step
+    `epoch`, too; it stays, so that older runs can be repeated.)"""
     generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
     order = torch.randperm(n, generator=generator, pin_memory=device.type == "cuda")
     return order.to(device, non_blocking=True)

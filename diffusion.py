@@ -16,11 +16,13 @@ to 1.
 Why guess the noise? Given x_t, the noise determines the image and the image the noise (the equation
 of `predict_x0`), so a network could guess either: an error of the noise is that of the image, times
 sqrt(abar_t / (1 - abar_t)). So Eq. 4.6 weighs the image's error: heavily at small t, where fine
-detail is decided, and hardly at t = 999, where nothing can be known. DDPM found that to work best.
+detail is decided, and hardly at t = 999, where x_t says nothing of the image (v_t may, but the loss
+hardly asks). DDPM found that this weighting gives the best samples.
 
-Time t is an integer in 0..999: t = 0 is the first, faintest noise, and a clean image has no t at
-all (abar = 1). (Eq. 3.2 of the paper prints the standard deviation where N(., .) takes the
-variance.) Nothing here knows a network: what walks the chain takes any eps_fn(x_t, t) -> eps.
+Time t is an integer in 0..999: t = 0 is the first, faintest noise. The clean image is x_0 in every
+formula, as the paper writes it, but has no t at all (abar = 1). (Eq. 3.2 of the paper prints the
+standard deviation where N(., .) takes the variance.) Nothing here knows a network: what walks the
+chain takes any eps_fn(x_t, t) -> eps.
 
 Shapes: B batch, C channels, H W pixels. Images are in [-1, 1].
 """
@@ -60,7 +62,7 @@ def q_sample(x0: Tensor, t: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
 
 
 def eps_loss(eps_hat: Tensor, eps: Tensor) -> Tensor:
-    """Eq. 4.6 with w_t = 1 over C H W, for each image: mean squared error in fp32 -> (B,).
+    """Eq. 4.6 for each image, averaged over C, H, W: mean squared error in fp32 -> (B,).
 
     Adam does not notice the factor 1 / (C H W), the gradient clip does. The caller takes the mean
     over the batch; one value an image also gives the loss by t for free. The expected value is 1
@@ -149,8 +151,8 @@ def ddim_sample(
 def ddim_invert(eps_fn: EpsFn, x0: Tensor, steps: int) -> Tensor:
     """DDIM inversion (App. C): the stochastic code of x0 (B, C, H, W), from which DDIM returns.
 
-    Takes x0 as x at t = 0 and stops at x_999, where `ddim_sample` starts; steps = 1 has no move
-    and returns x0 itself. Never clips.
+    Takes the clean x0 for the x_t of t = 0, whose noise is faint (0.01), and stops at x_999, where
+    `ddim_sample` starts; steps = 1 has no move and returns x0 itself. Never clips.
     """
     abar = alphas_cumprod().to(x0)
     times = ddim_times(steps)[::-1]

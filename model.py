@@ -3,9 +3,10 @@
     v_t = Encoder(x_0, t)                 half a U-Net that sees the clean image and the time
     eps = DiT(x_t, t, v_t)                a transformer on pixel patches that sees the noisy image
 
-v_t reaches the DiT only added to the embedding of t, through adaLN (a linear layer of the sum gives
-each normalisation its scale and shift and each branch its gate): one vector of 1024 numbers has to
-tell the transformer what the noise has hidden, and that makes it a semantic embedding.
+v_t reaches the DiT only through adaLN, as the paper has it, here added to the embedding of t (a
+linear layer of the sum gives each normalisation its scale and shift and each branch its gate): one
+vector of 1024 numbers has to tell the transformer what the noise has hidden, and that makes it a
+semantic embedding.
 
 At initialisation every residual branch and the output are zero, as in DiT: eps = 0, so the first
 loss is E[eps^2] = 1; v does not depend on t; and no gradient reaches the encoder in the first two
@@ -30,7 +31,7 @@ SHORT = 256  # tokens up to which attention written out beats the fused kernel o
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of both networks, the columns of Table 4. Raises ValueError where they do not fit."""
+    """Sizes of both networks, as in Table 4. Raises ValueError where they do not fit."""
 
     size: int  # images are size x size
     channels: int
@@ -367,9 +368,10 @@ class DiER(nn.Module):
 # train.py. `paper` is Table 4: 32 pixels for mnist, cifar10, cifar100; 64 for tiny-imagenet; 256
 # for bccd, oct2017. `cpu` is the same architecture at a size that a laptop trains in an hour or so:
 # few pixels, large patches, small batches, since steps count more than images in a short run. Two
-# bounds hold for every row. The last width of the encoder, base x mult, bounds the rank of v. And
-# a token must hold the noise of its patch: of patch^2 x channels numbers the share beyond `hidden`
-# stays in the loss for ever: at hidden 128 digits take patch 8 (64 numbers), colour patch 4 (48).
+# bounds hold for every row. The last width of the encoder, base x mult, bounds the rank of v, and
+# `hidden` what the DiT reads of it. And a token must hold the noise of its patch: of patch^2 x
+# channels numbers the share beyond `hidden` stays in the loss for ever: at hidden 128 digits take
+# patch 8 (64 numbers), colour patch 4 (48).
 
 # fmt: off
 COLUMNS = (

@@ -165,7 +165,7 @@ def train_heads(
     batch = min(BATCH, n)
     steps = n // batch  # an epoch; the rest of a permutation is dropped, so every batch is full
     total, warmup = epochs * steps, min(WARMUP, epochs) * steps
-    for epoch in progress(range(epochs), "heads", epochs, "epochs"):
+    for epoch in progress(range(epochs), "linear classifiers", epochs, "epochs"):
         order = torch.randperm(n, generator=generator).to(x.device)
         for step in range(steps):
             index = order[step * batch : (step + 1) * batch]
@@ -320,7 +320,7 @@ def probe(
     def features(encoder: nn.Module, t: int, what: str) -> list[Tensor]:
         """v_t of the training and of the test images."""
         kinds = zip(splits, ("train", "test"))
-        return [encode(encoder, x.images, t, device, f"{what} of {kind}") for x, kind in kinds]
+        return [encode(encoder, x.images, t, device, f"{kind} images, {what}") for x, kind in kinds]
 
     def score(train: Tensor, test: Tensor) -> dict:
         """What a row says of features (N, V) and (M, V)."""
@@ -376,7 +376,7 @@ def print_summary(result: dict) -> None:
     )
     if several:
         print(
-            f"oracle: t = {result['oracle_t']} is best on the test set, as the paper reports: "
+            f"oracle, the best t on the test set (the paper's protocol): t = {result['oracle_t']}, "
             f"{result['oracle_top1']:.2f}%"
         )
     if tried:

@@ -301,7 +301,7 @@ def build_parser() -> train.Parser:
     """Every flag, with its unit and default."""
     p = train.Parser(__doc__, prog="python -m appendix.bench")
     p.add_argument("--data", choices=SETS, help="whose shapes (mnist)")
-    preset = "paper: Table 4; cpu: minutes on two cores (auto: paper with CUDA, else cpu)"
+    preset = "paper: Table 4; cpu: minutes to an hour (auto: paper with CUDA, else cpu)"
     p.add_argument("--preset", choices=["auto", *PRESETS], help=preset)
     p.add_argument("--batch-size", type=train.positive_int, help="images a step (the preset's)")
     amp = "precision of the program (fp32, and bf16 or fp16 where the hardware has it)"

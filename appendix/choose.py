@@ -195,7 +195,7 @@ def export(
     def write(to: Path) -> None:
         with zipfile.ZipFile(to, "w") as archive:
             for kind, split in zip(("train", "test"), splits):
-                v = probe.encode(model.encoder, split.images, t, device, f"v_{t} of {kind}")
+                v = probe.encode(model.encoder, split.images, t, device, f"{kind} images, v_{t}")
                 probe.write_arrays(archive, {f"x_{kind}_{t}": v})
                 if split.labels is not None:
                     probe.write_arrays(archive, {f"y_{kind}": torch.from_numpy(split.labels)})

@@ -278,8 +278,8 @@ class Embedder:
 
     def features(self, index: np.ndarray, t: int) -> Tensor:
         """v_t of the test images at `index`, standardised: (N, V) fp32 on the CPU."""
-        known = encode(self.encoder, self.images, t, self.device, f"v_{t} of train")
-        test = encode(self.encoder, self.test.images[index], t, self.device, f"v_{t} of test")
+        known = encode(self.encoder, self.images, t, self.device, f"train images, v_{t}")
+        test = encode(self.encoder, self.test.images[index], t, self.device, f"test images, v_{t}")
         return standardise(known, test)[1].float().cpu()
 
     def embed(self, limit: int, seed: int, t: int) -> tuple[np.ndarray, np.ndarray, list[str]]:

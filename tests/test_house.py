@@ -215,13 +215,13 @@ def test_accuracies_of_the_readme_are_those_of_the_records():
         seconds = (runs[0]["training"]["seconds"], runs[0]["seconds"])
         assert [training, probing] == [f"{s / 60:.0f}" for s in seconds], name
         assert published == (str(paper[name]) if name else ""), name
-    said = re.search(r"\(again on one core (\S+)\),.* \(in fp32 (\S+)\)", text, re.DOTALL).groups()
+    said = re.search(r"\(on one (\S+)\),.* \(in fp32 (\S+)\)", text, re.DOTALL).groups()
     again = [record(name)["test_top1"] for name in ("glyphs-one-thread", "mnist-fp32")]
     assert list(said) == [f"{top1:.2f}" for top1 in again]
     rows = [row for name in ("glyphs-fp32", "glyphs-one-thread") for row in record(name)["rows"]]
     at_400 = [f"{row['top1']:.2f}" for row in rows if row["t"] == 400]
-    assert f"others had {' to '.join(at_400)})" in text
-    said = re.search(r"with `--norm none` ours\sare (\S+) and (\S+)\.\n", text).groups()
+    assert f"rounding\ndiffers, {' to '.join(at_400)})" in text
+    said = re.search(r"with `--norm none` ours\sare (\S+), (\S+)\.\n", text).groups()
     none = [record(f"{name}-norm-none")["oracle_top1"] for name in ("mnist", "cifar10")]
     assert list(said) == [f"{top1:.2f}" for top1 in none]
     leads = []
@@ -308,7 +308,7 @@ def test_the_search_for_t_and_few_labels_in_the_readme_are_as_recorded():
     said = re.search(f"finds t = {numbers} on .* time .*, and {numbers} there", text).groups()
     assert list(said[:3]) == [str(found[name]["chosen_t"]) for name in names]
     assert list(said[3:]) == [f"{found[name]['test_top1']:.2f}" for name in names]
-    said = re.search(f"the images' fine detail, {numbers}: of", text).groups()
+    said = re.search(f"the images' fine detail, {numbers}. Of", text).groups()
     assert list(said) == [str(few[name]["chosen_t"]) for name in names]
     said = re.search(r"by (\d+) points on glyphs, (\d+) on MNIST and (\d+) on CIFAR-10", text)
     for name, points in zip(names, said.groups()):

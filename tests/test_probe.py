@@ -254,12 +254,12 @@ def test_each_row_is_printed_before_the_next_t_is_encoded(monkeypatch, capsys):
     monkeypatch.setattr(probe, "encode", encode)
     splits = pictures(60, 0), pictures(20, 1)
     result = probe.probe(Noisy(), {"random": Noisy()}, [0, 500], splits, CPU, PROTOCOL)
-    assert printed["v_0 of train"].split() == ["t", "held-out", "top-1", "kNN"]
-    assert printed["v_0 of test"] == printed["v_0 of train"]
-    *_, row = printed["v_500 of train"].splitlines()
+    assert printed["train images, v_0"].split() == ["t", "held-out", "top-1", "kNN"]
+    assert printed["test images, v_0"] == printed["train images, v_0"]
+    *_, row = printed["train images, v_500"].splitlines()
     first = result["rows"][0]
     assert row.split() == ["0", *(f"{first[key]:.2f}" for key in ("held_out", "top1", "knn"))]
-    *_, row = printed["random of train"].splitlines()
+    *_, row = printed["train images, random"].splitlines()
     assert row.split()[0] == "500"
 
 
@@ -435,7 +435,7 @@ def test_probe_json_has_what_the_docstring_says(trained, capsys):
     assert result["protocol"] == protocol | {"weights": "ema", "classes": 2, "step": 3}
     for words in (
         f"t = {result['chosen_t']} (chosen by held-out training images): test top-1 ",
-        f"oracle: t = {result['oracle_t']} is best on the test set",
+        f"oracle, the best t on the test set (the paper's protocol): t = {result['oracle_t']}, ",
         "(40 test images)",
         "floors: pixels 100.00, untrained ",
         "100 epochs (warm-up 10, then linear to 0), 40 training images, held-out 5-fold",
