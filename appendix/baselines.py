@@ -6,8 +6,8 @@
     python -m appendix.baselines --data mnist --method dier dier-notime --out runs/time.json
 
     dier, diffae             the program's own; Diff-AE, the paper's baseline (unet.py)
-    mae, lmim, lmim-swin     masked image modelling on a ViT and a Swin (masked.py)
-    cae, mage, dmjd          the same with codes of a tokenizer, or two views (tokens.py)
+    mae, lmim, lmim-swin     masked image modelling on a ViT and a Swin (masked.py, swin.py)
+    cae, mage, dmjd          the same with codes of a tokenizer, or two views (tokens.py, dmjd.py)
     supervised               DiER's encoder at t = 0, trained on labels: a ceiling
     dier-notime              not of the table: an encoder that is always told that t = 0
     dier-unet                not of the table: DiER's encoder on Diff-AE's U-Net; dier-unet-notime

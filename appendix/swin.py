@@ -7,7 +7,8 @@ Only visible units enter, and each stage predicts HOG in cells of one of its tok
 the mean of the last stage's tokens of a whole image, then normalised. What differs from the
 published model: norms have no affine parameters, which the next linear layer absorbs; the patch is
 a 32nd of an image up to 64 pixels (a 16th in the cpu presets, which have three stages), as the last
-stage needs units to hide; the windows are 4 x 4, and 8 x 8 at 256 pixels.
+stage needs units to hide; the windows are 4 x 4, and 8 x 8 at 256 pixels; all decoders of a network
+are equally wide.
 
 Shapes: B batch, C channels, H W pixels, N tokens, M of them visible, D width, W windows of at most
 L tokens.

@@ -8,7 +8,8 @@
 
 What differs from the published models: the tokenizer learns from the same images (CAE's was DALL-E,
 MAGE's of ImageNet); norms before a linear layer have no affine parameters; CAE has no drop path;
-MAGE's dropout follows attention and MLPs and is not inside them.
+MAGE's dropout follows attention and MLPs and is not inside them (the cpu presets have none); the
+tokenizer's reconstruction error is over the variance of the batch, not of the whole set.
 
 Shapes: B batch, C channels, H W pixels, N tokens in row-major order, M of them visible, Q hidden,
 D width, K codes, E width of a code, G cells a side.
