@@ -772,7 +772,8 @@ def get_batch(
 def fail(message: str, kind: type[SystemExit] = SystemExit) -> NoReturn:
     """Print one line and exit with status 2, by an exception of that kind: the way every command
     reports bad input."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun one process a machine speaks
+    env = os.environ  # under torchrun one process a machine speaks
+    if env.get("LOCAL_RANK", "0") == "0" or env.get("WORLD_SIZE", "1") in ("", "1"):
         line = message.replace("\n", "\\n")  # of a file's name
         print(f"error: {line}", file=sys.stderr)
     raise kind(2)
@@ -786,9 +787,13 @@ def clock(seconds: float) -> str:
 
 
 def status(text: str, again: bool) -> None:
-    """Print a progress line; on a terminal `again` writes it over the line above. The cursor is
-    always at a line of its own, so whatever ends the program is not glued to it."""
-    over = "\033[A\033[K" if again and sys.stdout.isatty() else ""
+    """Print a progress line; on a terminal `again` writes it over the line above, and what does not
+    fit into one line is left out at its start. The cursor is always at a line of its own, so
+    whatever ends the program is not glued to it."""
+    over = ""
+    if sys.stdout.isatty():
+        over = "\033[A\033[K" if again else ""
+        text = text[-max(20, shutil.get_terminal_size().columns - 1) :]
     print(f"{over}{text}", flush=True)
 
 

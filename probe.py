@@ -50,6 +50,7 @@ from train import (
     guard,
     load_model,
     natural,
+    new_file,
     origin,
     pick_amp,
     pick_device,
@@ -414,7 +415,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr", type=positive, help="peak learning rate (2 x the paper's: 2e-4 or 2e-5)")
     add("--limit", type=natural, help="N training and N test images, equal over classes (0 = all)")
     add("--device", help="auto, cpu, cuda, cuda:1 (auto: cuda if any)")
-    add("--export", metavar="FILE.npz", help="save v_t as well: x_train_400, ..., y_train, y_test")
+    export = "save v_t as well: x_train_400, ..., y_train, y_test"
+    add("--export", type=new_file, metavar="FILE.npz", help=export)
     return p
 
 
@@ -467,9 +469,7 @@ def main(argv: list[str] | None = None) -> None:
     """Find the run, probe it, print and write the result."""
     typed = vars(build_parser().parse_args(argv))
     folder = find_run(typed.pop("name", None))
-    export = Path(typed["export"]) if "export" in typed else None
-    if export and export.is_dir():
-        fail(f"--export {export} is a folder: name a file, such as {export / 'v.npz'}")
+    export = typed.get("export")
     model, saved = load_model(folder, weights=typed.get("weights", "ema"))
     settings = saved["settings"]
     device = pick_device(typed.get("device", "auto"))

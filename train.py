@@ -61,7 +61,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from data import batch_index, clock, fail, get_batch, mix_seed, on_device, replace_file, status
 from diffusion import T, alphas_cumprod, eps_loss, predict_x0, q_sample
-from model import PRESETS, DiER, ModelConfig, table_row
+from model import COLUMNS, PRESETS, DiER, ModelConfig, table_row
 
 RUNS = Path("runs")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,6 +72,7 @@ ROW_STEPS = 20  # a row of the log for each of the first 20 steps, then for ever
 # t, then the gradient norm, the steps where it was finite, those where it was not, votes to stop.
 NORM, FINITE, SKIPPED, STOP = 20, 21, 22, 23
 SUMS = 24  # how many numbers that are
+WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what torchrun tells each process
 
 # ---------------------------------------------------------------------------- the step
 
@@ -175,13 +176,10 @@ def train(
             row = {"step": step, "epoch": step * batch / len(images), "images": step * batch}
             row |= {"seconds": earlier + now - start, **means(values)}
             row["images_per_s"] = (step - max(row_step, first)) * batch / (now - row_time)
-            log.write(json.dumps(row).encode() + b"\n")
+            print(json.dumps(row), file=log, flush=True)
             stop = values[STOP] > 0
             row_step, row_time = step, now
             sums.zero_()
-            if sys.stdout.isatty() or now - shown_at > 10 or stop:
-                show_row(row, last, first, now - start, deadline - now, again=shown_at > 0)
-                shown_at = now
 
         # Save at the first row, every minute and at the end.
         if rank == 0 and decides and (stop or now - saved_at > SAVE_SECONDS):
@@ -193,6 +191,9 @@ def train(
                 preview(ema, images, settings, abar, folder / "preview.png")
                 drawn_at = now
             saved_at = time.monotonic()  # a save can take long
+        if at_row and (sys.stdout.isatty() or now - shown_at > 10 or stop):  # may fail: a pipe
+            show_row(row, last, first, now - start, deadline - now, again=shown_at > 0)
+            shown_at = now
     log.close()
     catch_signals()  # from here on a first Ctrl-C ends the program
     return step, time.monotonic() - start, signals[0] if signals else 0
@@ -202,9 +203,16 @@ def train(
 
 
 def ranks() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine) as torchrun says, else (0, 1, 0)."""
-    env = os.environ
-    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
+    """(rank, number of processes, rank on this machine) as torchrun says, else (0, 1, 0); exits
+    where another program has set only some of it."""
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+        return 0, 1, 0
+    try:
+        rank, processes, local = (int(os.environ[key]) for key in WORLD)
+    except (KeyError, ValueError):
+        os.environ["LOCAL_RANK"] = "0"  # whichever process it is, it says so
+        fail(f"of {', '.join(WORLD)} some are set, but not by torchrun: start it, or unset them")
+    return rank, processes, local
 
 
 def make_parts(net: nn.Module, settings: dict, device: torch.device, saved: dict | None) -> dict:
@@ -234,11 +242,14 @@ def make_parts(net: nn.Module, settings: dict, device: torch.device, saved: dict
 
 def add_sums(sums: Tensor, loss: Tensor, t: Tensor, norm: Tensor) -> None:
     """Add a step to the sums, on the device: loss and images by tenth of t (loss, t (B,)), the
-    gradient norm, and how many steps had a finite one and how many not."""
+    gradient norm, and how many steps had a finite one and how many not. The norm is that of all
+    processes, so that rank 0 alone adds it."""
     tenth = t * 10 // T
     finite = norm.isfinite()
     sums[:10].index_add_(0, tenth, loss)
     sums[10:20].index_add_(0, tenth, torch.ones_like(loss))
+    if ranks()[0]:
+        return
     sums[NORM] += torch.where(finite, norm, 0.0)
     sums[FINITE] += finite
     sums[SKIPPED] += ~finite
@@ -296,15 +307,22 @@ def claim(folder: Path, rank: int = 0) -> Iterator[None]:
         yield
 
 
+def written_at(folder: Path) -> int | None:
+    """When the checkpoint of a run was written, in ns; None where there is none."""
+    with suppress(OSError):
+        return (folder / "checkpoint.pt").stat().st_mtime_ns
+    return None
+
+
 def open_log(folder: Path, size: int, rank: int) -> Any:
     """log.jsonl, cut to the `size` bytes that a checkpoint knows of, so that no row is there twice
     after a crash; only rank 0 has one."""
     if rank:
-        return open(os.devnull, "ab", buffering=0)
+        return open(os.devnull, "a")
     path = folder / "log.jsonl"
     path.touch()
     os.truncate(path, min(size, path.stat().st_size))
-    return path.open("ab", buffering=0)
+    return path.open("a")
 
 
 def show_row(row: dict, last: int, first: int, spent: float, remaining: float, again: bool) -> None:
@@ -359,7 +377,9 @@ def catch_signals(finish_step: bool = False) -> list[int]:
         if noted or not finish_step:
             raise SystemExit(128 + number)
         noted.append(number)
-        os.write(2, b"\nstopping after this step; again to stop at once\n")  # print may be busy
+        with suppress(OSError):  # a Ctrl-C ends the reader of a pipe as well
+            # print may be busy
+            os.write(sys.stderr.fileno(), b"\nstopping after this step; again to stop at once\n")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
@@ -410,12 +430,14 @@ def read_checkpoint(folder: Path, dier: bool = False) -> dict:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in data.DISK:
             raise  # a fault of the machine and not of the file
         reason = textwrap.shorten(str(error), 100) or "it is empty"
+        if isinstance(error, KeyError):  # torch's answer to a text
+            reason = "it is no checkpoint"
         fail(f"{path} cannot be read ({reason}): delete {folder} and train again")
     keys = {"settings", "step", "row_step", "log_size", "seconds", "sums"}
     keys |= {"raw", "ema", "optimizer", "scaler"}
-    known = {*DEFAULTS, *(field.name for field in fields(ModelConfig))}
+    known = {*DEFAULTS, *COLUMNS, "channels"}
     ours = isinstance(saved, dict) and keys <= saved.keys()
-    if not ours or not known <= saved["settings"].keys():
+    if not ours or not isinstance(saved["settings"], dict) or not known <= saved["settings"].keys():
         fail(f"{path} is not of this version of train.py: train anew under another --name")
     method = saved["settings"]["method"]
     if dier and method != "dier":
@@ -513,6 +535,14 @@ natural = partial(number, int, lambda n: 0 <= n < 2**63, "a whole number, 0 or m
 positive = partial(number, float, lambda x: 0 < x < 1e12, "a number above 0, below 1e12")
 not_negative = partial(number, float, lambda x: x >= 0, "a number, 0 or more")
 fraction = partial(number, float, lambda x: 0 <= x < 1, "in [0, 1)")
+
+
+def new_file(text: str) -> Path:
+    """The path of a file that a command writes; argparse's error where that is a folder."""
+    path = Path(text)
+    if not path.name or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text or 'nothing'} is a folder: name a file in it")
+    return path
 
 
 class Parser(argparse.ArgumentParser):
@@ -721,7 +751,8 @@ def guard(main: Callable[[], None]) -> None:
         fail(f"{error.filename or 'cannot write'}: {error.strerror or error}")
     except (RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split()) or "out of memory"
-        known = "allocate memory" in text or "size calculation overflowed" in text
+        words = ("allocate memory", "size calculation overflowed", "multiplication overflow")
+        known = any(word in text for word in words)
         if known or isinstance(error, torch.OutOfMemoryError | MemoryError):
             os.environ["LOCAL_RANK"] = "0"  # whichever process it is, it says so
             what = textwrap.shorten(text, 150)
@@ -744,6 +775,7 @@ def main(argv: list[str] | None = None) -> None:
     if resume and device == "auto":  # it goes on where it was
         device = read_config(folder).get("device", device)
     join_processes(device)
+    before = written_at(folder)
     saved = read_checkpoint(folder, dier=True) if resume or restarted(folder) else None
     if saved:
         settings = resolve_resumed(typed, saved["settings"])
@@ -754,19 +786,25 @@ def main(argv: list[str] | None = None) -> None:
     batch, accum, processes = settings["batch_size"], settings["accum"], ranks()[1]
     rest = batch % (processes * accum)
     if rest:
-        way = "another --accum" if saved else batch - rest + processes * accum
+        way = "give another --accum" if saved else f"give {batch - rest + processes * accum}"
+        if saved and batch % processes:
+            way = "start another number of processes"
         pieces = f"{processes} process(es) x --accum {accum}"
-        fail(f"--batch-size {batch} is not a multiple of {pieces}: give {way}")
+        fail(f"--batch-size {batch} is not a multiple of {pieces}: {way}")
     counts = parameter_counts(settings)
     describe(settings, counts, folder, "preset" not in typed and not saved)
     if dry_run:
         print(json.dumps({**settings, "parameters": counts}))
     else:
-        run(settings, folder, saved, ["train.py", *(sys.argv[1:] if argv is None else argv)])
+        command = ["train.py", *(sys.argv[1:] if argv is None else argv)]
+        run(settings, folder, saved, before, command)
 
 
-def run(settings: dict, folder: Path, saved: dict | None, command: list[str]) -> None:
-    """Load the data, train, say what comes next. Exits where a resumed run's data is another."""
+def run(
+    settings: dict, folder: Path, saved: dict | None, before: int | None, command: list[str]
+) -> None:
+    """Load the data, train, say what comes next. Exits where a resumed run's data is another, or
+    where the checkpoint is no longer that of the time `before`."""
     rank, processes, local = ranks()
     if local:  # the first process of each machine downloads and decodes, the others wait
         dist.barrier()
@@ -789,6 +827,8 @@ def run(settings: dict, folder: Path, saved: dict | None, command: list[str]) ->
     settings["launch"] = this_launch()
     with claim(folder, rank):
         if rank == 0:
+            if written_at(folder) != before:  # while this one read the data
+                fail(f"another process has trained {folder}: --resume, or choose another --name")
             data.write_json(folder / "config.json", settings)
         torch.manual_seed(settings["seed"])
         net = build_dier(settings)

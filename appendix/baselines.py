@@ -269,18 +269,18 @@ def train_run(table: Table, settings: dict, folder: Path, share: float) -> None:
     """Train the method of the settings for a share of their epochs, or go on with its run in that
     folder. Exits after saving where a signal stops it."""
     name, settings = settings["method"], {**settings, "epochs": share * settings["epochs"]}
-    saved = train.read_checkpoint(folder) if (folder / "checkpoint.pt").exists() else None
-    torch.manual_seed(settings["seed"])
-    net = build(name, settings)
-    if name in READERS and not saved:
-        tokenizer = train.read_checkpoint(tokenizer_run(table, settings))
-        train.restore(net.tokenizer, tokenizer["raw"])  # its buffers are not averaged
-    keys = ("preset", "size", "batch_size", "lr", "epochs", "device", "amp")
-    print(f"{folder}: " + " ".join(f"{key}={settings[key]}" for key in keys), flush=True)
-    loss_fn = METHODS[name][1]
-    if name == "supervised":
-        loss_fn = labels_by_step(table.split, settings, saved["step"] if saved else 0)
     with train.claim(folder):
+        saved = train.read_checkpoint(folder) if (folder / "checkpoint.pt").exists() else None
+        torch.manual_seed(settings["seed"])
+        net = build(name, settings)
+        if name in READERS and not saved:
+            tokenizer = train.read_checkpoint(tokenizer_run(table, settings))
+            train.restore(net.tokenizer, tokenizer["raw"])  # its buffers are not averaged
+        keys = ("preset", "size", "batch_size", "lr", "epochs", "device", "amp")
+        print(f"{folder}: " + " ".join(f"{key}={settings[key]}" for key in keys), flush=True)
+        loss_fn = METHODS[name][1]
+        if name == "supervised":
+            loss_fn = labels_by_step(table.split, settings, saved["step"] if saved else 0)
         step, _, stopped = train.train(net, loss_fn, table.split.images, settings, folder, saved)
     if stopped:
         print(f"{folder} stopped at step {step:,}: the same command goes on")
@@ -511,7 +511,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--method", nargs="+", choices=names, metavar="NAME", help=shown)
     add("--epochs", type=train.positive, help="passes over the training set (the preset's)")
     add("--seeds", type=train.positive_int, help="runs of each method, with seeds 0 to N - 1 (1)")
-    add("--out", type=Path, help="file of the table (runs/baselines/DATA.json)")
+    add("--out", type=train.new_file, help="file of the table (runs/baselines/DATA.json)")
     return p
 
 

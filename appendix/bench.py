@@ -308,7 +308,8 @@ def build_parser() -> train.Parser:
     p.add_argument("--amp", choices=[*train.AMP], help=amp)
     p.add_argument("--device", help="auto, cpu, cuda (auto)")
     p.add_argument("--compile", action="store_true", help="torch.compile the program (off)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    figures = "write the figures there as well"
+    p.add_argument("--json", type=train.new_file, metavar="FILE", help=figures)
     return p
 
 

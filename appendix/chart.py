@@ -273,8 +273,8 @@ def line_panel(
         points = [axes.pixel(x, y) for x, y in zip(s.x, s.y)]
         if len(points) > 1:
             canvas.line(points, s.colour, s.width, s.dashed)
-        for point in points if s.shape else ():
-            canvas.marker(point, s.colour, s.shape, 1.5 + s.width)
+        for point in points if s.shape or len(points) == 1 else ():  # one point is no line
+            canvas.marker(point, s.colour, s.shape or SHAPES[0], 1.5 + s.width)
     named = [s for s in series if s.name]
     left, top = box[2] + 18, box[1] + 10
     for k, s in enumerate(named):

@@ -48,7 +48,7 @@ from data import (
 )
 from diffusion import alphas_cumprod, eps_loss, q_sample
 from model import DiER
-from train import RUNS, Parser, find_run, guard, load_model, origin, pick_device
+from train import RUNS, Parser, find_run, guard, load_model, new_file, origin, pick_device
 
 TIMES = [0, 20, 50, *range(100, 801, 50), 900, 999]
 IMAGES, BLOCK = 1_000, 25  # images behind t and behind the gain; at a time
@@ -211,7 +211,8 @@ def build_parser() -> Parser:
     p.add_argument("--data", help="another set than the run's")
     p.add_argument("--data-dir", help="sets live here (the run's)")
     p.add_argument("--device", help="auto, cpu, cuda, cuda:1 (auto: cuda if any)")
-    p.add_argument("--export", metavar="FILE.npz", help="save v_t at the chosen t")
+    name = {"type": new_file, "metavar": "FILE.npz"}
+    p.add_argument("--export", **name, help="save v_t at the chosen t")
     p.add_argument("--few", action="store_true", help="accuracy with few labels at the chosen t")
     return p
 
@@ -220,9 +221,6 @@ def open_run(typed: dict, device: torch.device) -> tuple[Path, DiER, dict, tuple
     """The run's folder, its networks, its checkpoint and the images; exits where one of them does
     not allow what the flags ask for."""
     folder = find_run(typed.get("name"))
-    export_to = Path(typed.get("export", "v.npz"))
-    if export_to.is_dir():
-        fail(f"--export {export_to} is a folder: name a file, such as {export_to / 'v.npz'}")
     model, saved = load_model(folder)
     settings = saved["settings"]
     name, data_dir = typed.get("data", settings["data"]), typed.get("data_dir")
@@ -274,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
         write_json(path, result | {"rows": content})
         print(f"saved: {path}")
     if "export" in typed:
-        export(Path(typed["export"]), model, splits, t, device)
+        export(typed["export"], model, splits, t, device)
     after = "" if "export" in typed else f"; next: {next_command(typed, t, labelled)}"
     print(f"t = {t}: noise and fine detail are even{after}")
 

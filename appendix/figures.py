@@ -41,8 +41,8 @@ from appendix.chart import (
     text_width,
 )
 from appendix.tsne import tsne
-from data import Split, fail, load, mix_seed, sample
-from probe import TIMES, encode, standardise
+from data import Split, fail, load, mix_seed, read_lines, sample
+from probe import TIMES, encode, file_word, standardise
 from train import RUNS, dier_loss, find_run, guard, load_model, pick_device, read_config
 
 PAPER = Path(__file__).resolve().parent.parent / "results" / "paper.json"
@@ -102,11 +102,11 @@ def read_run(folder: Path) -> Run:
     if method not in METHODS:
         fail(f"{folder} is a run of {method}, which is none of {', '.join(METHODS)}")
     log = folder / "log.jsonl"
-    rows = [read_json(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = [read_json(line) for line in read_lines(log)]
     found = {}
     for stem in ("probe", "choose", "few"):
         path = folder / f"{stem}.json"
-        found[stem] = read_json(path.read_text()) if path.exists() else None
+        found[stem] = read_json("\n".join(read_lines(path)))
     more = [(found[stem] or {}).get("rows", []) for stem in ("choose", "few")]
     return Run(folder, settings, [row for row in rows if row], found["probe"], *more)
 
@@ -144,7 +144,8 @@ def figure_4(runs: list[Run], path: Path) -> None:
     paper, series, gains, colours = json.loads(PAPER.read_text()), [], [], {}
     for k, run in enumerate(runs):
         rows, (colour, shape) = run.probe["rows"], style(k)
-        colours.setdefault(run.data, colour)  # the paper's curve has that of the set's first run
+        # The paper's curve has the colour of the set's first run; a folder has no such curve.
+        colours.setdefault(run.settings["data"], colour)
         if not run.timed:  # one row, the same for every t: a level line
             rows = [{**rows[0], "t": t} for t in (TIMES[0], TIMES[-1])]
         for key in ("top1", "top5"):
@@ -396,7 +397,7 @@ def main(argv: list[str] | None = None) -> None:
         if not run.timed:
             print(f"no Fig. 7 of {run.name}: {run.settings['method']} has one v for all t")
             continue
-        name = "fig7.png" if len(runs) == 1 else f"fig7-{run.name.replace('/', '-')}.png"
+        name = "fig7.png" if len(runs) == 1 else f"fig7-{file_word(run.name)}.png"
         figure_7(run, embedder, typed.get("limit", POINTS_PANEL), seed, folder / name)
 
 

@@ -150,8 +150,7 @@ def interpolate(model: nn.Module, x0: Tensor, steps: int, path: Path) -> None:
 
 
 def swap(model: nn.Module, x0: Tensor, steps: int, path: Path) -> None:
-    """Row i, column j: the stochastic code of image i decoded with v of image j; eight images."""
-    x0 = x0[:8]
+    """Row i, column j: the stochastic code of image i decoded with v of image j."""
     n, times = len(x0), ddim_times(steps)
     v = trajectory(model, x0, times)
     code = walk(ddim_invert, model, v, x0, "inversion").repeat_interleave(n, 0)
@@ -219,7 +218,7 @@ def build_parser() -> train.Parser:
     p.add_argument("--name", help="the run in runs/NAME (the newest)")
     p.add_argument("--mode", choices=MODES, help="what to draw (recover)")
     p.add_argument("--steps", type=steps, help=f"of the chain, 1 to {T} (50)")
-    p.add_argument("--n", type=train.positive_int, help="test images (16)")
+    p.add_argument("--n", type=train.positive_int, help="test images (16; swap: 8)")
     p.add_argument("--seed", type=train.natural, help="of the images chosen and of the noise (0)")
     p.add_argument("--device", help="auto, cpu, cuda (auto)")
     return p
@@ -241,9 +240,11 @@ def main(argv: list[str] | None = None) -> None:
         """A seeded sample of n images, as equal over the classes as can be."""
         return np.array(split.images[sample(split.labels, len(split.images), n, seed)])
 
-    x0 = to_float(torch.from_numpy(choose(test_split, typed.get("n", 16))).to(device))
+    n = typed.get("n", 8 if mode == "swap" else 16)
+    x0 = to_float(torch.from_numpy(choose(test_split, n)).to(device))
     if mode != "recover" and len(x0) < 2:  # the others need another's v
-        fail(f"--mode {mode} needs two test images or more: give --n 2")
+        way = "give --n 2" if len(test_split.images) > 1 else "the set has one"
+        fail(f"--mode {mode} needs two test images or more: {way}")
     print(f"{folder}, step {saved['step']:,}: {len(x0)} test images")
     path = folder / ("recover.png" if mode == "recover" else f"recover-{mode}.png")
     if mode == "recover":

@@ -84,10 +84,11 @@ def gradient(y: Tensor, p: Tensor, exaggeration: float) -> tuple[Tensor, Tensor]
 def pca(x: Tensor, width: int) -> Tensor:
     """The first principal components of x (N, D) -> (N, width). Signs are fixed, so that it is the
     same everywhere."""
+    kind, x = x.dtype, x.double()  # in fp32 eigh fails on some of the ranks that few points have
     x = x - x.mean(0)
     vectors = torch.linalg.eigh(x.T @ x).eigenvectors[:, -width:].flip(1)  # (D, width)
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return x @ (vectors * largest.sign())
+    return (x @ (vectors * largest.sign())).to(kind)
 
 
 @torch.no_grad()

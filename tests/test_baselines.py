@@ -645,7 +645,8 @@ def test_bad_input_is_one_line_and_nothing_is_trained(typed, words, tiny, folder
 
 
 def test_a_table_is_refused_under_torchrun(tiny, folder, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for key, value in zip(train.WORLD, "020"):
+        monkeypatch.setenv(key, value)
     assert "without torchrun" in fails(capsys, baselines.main, ["--data", folder])
 
 

@@ -303,7 +303,7 @@ def test_a_folder_without_labels_gets_a_t_and_an_export(trained, capsys):
         (["--name", "flat", "--few"], "flat has no classes, and --few needs two: lay it out as"),
         (["--name", "none"], "no checkpoint in runs/none"),
         (["--name", "mae"], "runs/mae is a run of mae: see appendix.baselines"),
-        (["--export", "set"], "--export set is a folder: name a file, such as set/v.npz"),
+        (["--export", "set"], "argument --export: set is a folder: name a file in it"),
         (["--data", "one"], "one has one test image, and the v of another needs two"),
         (["--data", "nowhere"], "'nowhere' is no folder of images"),
         (["--t", "400"], "unrecognized arguments: --t 400; --help lists the flags"),

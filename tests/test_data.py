@@ -862,12 +862,17 @@ def test_progress_shows_count_rate_and_time_left_when_it_takes_long(monkeypatch,
     assert len(lines) == (28 if terminal else 3)  # twice a second, or every ten seconds
     assert "decoding: 3 of 30 images, 1.0 images/s, 0:27 left" in lines
     assert "60 of 30 images, 20 images/s, 0:00 left" in run(1, done=lambda: 60)
+    if terminal:  # of 60 columns: a longer line would not be overwritten whole
+        monkeypatch.setenv("COLUMNS", "60")
+        line = run(1, done=lambda: 123_456_789).splitlines()[-1]
+        assert len(line) == len("\033[A\033[K") + 59 and line.endswith("images/s, 0:00 left")
     shown = [data.clock(seconds) for seconds in (-5, 0, 61.9, 3600 * 25 + 61)]
     assert shown == ["0:00", "0:00", "1:01", "25:01:01"]
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_one_process_of_a_machine_says_why_all_end(monkeypatch, capsys, rank):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", rank)
     with pytest.raises(SystemExit) as stop:
         data.fail("no such set")

@@ -255,6 +255,12 @@ def test_the_edges_of_tsne(monkeypatch):
         tsne.tsne(torch.randn(3, 5))
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(tsne.pca(x, 2), tsne.pca(x[:, torch.randperm(8)], 2), atol=1e-4)
+    few = torch.randn(
+        9, 1024, generator=torch.Generator().manual_seed(0)
+    )  # rank 8: ill-conditioned
+    _, _, axes = torch.linalg.svd((few - few.mean(0)).double(), full_matrices=False)
+    want = ((few - few.mean(0)).double() @ axes[:8].T).abs()
+    assert torch.allclose(tsne.pca(few, 8).double().abs(), want, atol=1e-5)
     asked, joint = [], tsne.joint
     monkeypatch.setattr(tsne, "joint", lambda x, p: asked.append(p) or joint(x, p))
     for n in (4, 31, 200):  # few points have few neighbours
@@ -387,7 +393,7 @@ def test_several_runs_go_to_results_in_a_grid(probed, tmp_path, monkeypatch):
         "fig4.png",
         "fig5.png",
         "fig6.png",
-        "fig7-baselines-more.png",
+        f"fig7-{probe.file_word('baselines/more')}.png",
         "fig7-set.png",
     ]
     wide = Image.open(tmp_path / "results/fig5.png")
@@ -426,13 +432,31 @@ def test_a_method_without_time_has_a_level_line_and_no_fig_7(probed, monkeypatch
     )
 
 
+def test_one_row_of_a_log_is_a_point_in_fig_6(folder):
+    train.main(["--data", folder, *TINY, "--batch-size", "16", "--epochs", "0.1"])
+    with pytest.raises(SystemExit):  # for lack of a probe
+        figures.main(["--device", "cpu"])
+    loss = pixels(train.RUNS / "set/fig6.png")[60:340, 90:540]
+    assert (loss == (0, 0x72, 0xB2)).all(2).sum() > 10  # the colour of the first series
+
+
+def test_a_folder_has_no_curve_of_the_paper(probed):
+    run = figures.read_run(probed)
+    drawn = []
+    for name in ("mnist", "own/mnist"):
+        run.settings["data"] = name
+        figures.figure_4([run], probed / "fig4.png")
+        drawn.append(pixels(probed / "fig4.png").shape[1])  # the legend's longest line
+    assert drawn[0] > drawn[1]
+
+
 def test_without_a_probe_it_draws_fig_6_and_names_the_command(folder, capsys):
     train.main(["--data", folder, *TINY, "--epochs", "4"])
     run = train.RUNS / "set"
     (run / "probe-t-400.json").write_text("{}")  # not the standard sweep
-    for text in (None, "{damaged", "[]"):
+    for text in (None, b"{damaged", b"[]", b'{"\xff'):
         if text:
-            (run / "probe.json").write_text(text)
+            (run / "probe.json").write_bytes(text)
         error = fails(capsys, figures.main, ["--device", "cpu"])
         assert "no runs/set/probe.json: python probe.py --name set makes it" in error
         assert drawn(run) == ["fig6.png"]

@@ -173,6 +173,46 @@ def test_more_processes_than_gpus_get_one_line(monkeypatch, capsys):
     assert words in fails(capsys, train.join_processes, "auto")
 
 
+@pytest.mark.parametrize(
+    ("world", "want"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, (0, 1, 0)),  # of another program
+        ({"RANK": "", "WORLD_SIZE": ""}, (0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4, 1)),
+        ({"WORLD_SIZE": "2"}, None),
+        ({"WORLD_SIZE": "x", "RANK": "0", "LOCAL_RANK": "1"}, None),
+    ],
+)
+def test_ranks_are_those_of_torchrun_or_of_one_process(monkeypatch, capsys, world, want):
+    for key in train.WORLD:
+        monkeypatch.delenv(key, raising=False)
+    for key, value in world.items():
+        monkeypatch.setenv(key, value)
+    if want:
+        assert train.ranks() == want
+    else:
+        assert "but not by torchrun: start it, or unset them" in fails(capsys, train.ranks)
+
+
+def test_the_norm_of_all_processes_counts_once(monkeypatch):
+    x, t, sums = torch.ones(4), torch.arange(4), torch.zeros(24)
+    for rank in range(2):
+        monkeypatch.setattr(train, "ranks", lambda rank=rank: (rank, 2, rank))
+        train.add_sums(sums, x, t, torch.tensor(3.0))
+        train.add_sums(sums, x, t, torch.tensor(float("inf")))
+    assert train.means(sums.tolist())["skipped"] == 1 and sums[train.NORM] == 3
+    assert sums[0] == sums[10] == 16
+
+
+def test_a_batch_that_two_processes_cannot_share_names_the_way_out(folder, monkeypatch, capsys):
+    train.main([*FLAGS, "--data", folder, "--epochs", "1", "--batch-size", "15"])
+    monkeypatch.setattr(train, "join_processes", lambda device: None)
+    monkeypatch.setattr(train, "ranks", lambda: (0, 2, 0))
+    words = "15 is not a multiple of 2 process(es) x --accum 1: start another number of processes"
+    assert words in fails(capsys, train.main, ["--data", folder, "--resume", "--epochs", "2"])
+
+
 def test_only_a_restarted_process_of_the_same_launch_resumes(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's default: the same each time
     mine = train.this_launch()

@@ -234,6 +234,51 @@ def test_a_run_is_trained_by_one_process_at_a_time(folder, capsys):
     assert checkpoint("set")["step"] == 10
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_another_process_trained_while_the_images_were_read_stays(
+    folder, monkeypatch, capsys, resumed
+):
+    flags = ["--data", folder, "--batch-size", "16", "--epochs"]
+    if resumed:
+        run(*flags, "2")
+    real = data.load
+
+    def load(*args):
+        monkeypatch.setattr(data, "load", real)
+        resume("set", "--epochs", "4") if resumed else run(*flags, "4")
+        capsys.readouterr()
+        return real(*args)
+
+    monkeypatch.setattr(data, "load", load)
+    late = (resume, "set", "--epochs", "9") if resumed else (run, *flags, "9")
+    assert "another process has trained runs/set" in fails(capsys, *late)
+    assert checkpoint("set")["step"] == 10 == rows("set")[-1]["step"]
+    assert json.loads((train.RUNS / "set/config.json").read_text())["epochs"] == 4
+
+
+@pytest.mark.parametrize("step", [24, 39])  # off a row, at a row
+def test_ctrl_c_saves_though_it_ends_the_reader_of_the_output_too(folder, monkeypatch, step):
+    """As in `train.py 2>&1 | tee log`: neither the handler's line nor that of the row gets out."""
+    ends = os.pipe()
+    os.close(ends[0])
+    broken = os.fdopen(ends[1], "w")
+    interrupt_at(step, monkeypatch)
+    real = train.draw
+
+    def draw(seed, n, *args):
+        if n == step:
+            monkeypatch.setattr(sys, "stdout", broken)
+            monkeypatch.setattr(sys, "stderr", broken)
+        return real(seed, n, *args)
+
+    monkeypatch.setattr(train, "draw", draw)
+    with pytest.raises((SystemExit, BrokenPipeError)):
+        run("--data", folder, "--batch-size", "16", "--epochs", "20")
+    assert checkpoint("set")["step"] == step + 1
+    with contextlib.suppress(BrokenPipeError):
+        broken.close()
+
+
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_end_bit_equal(folder, tmp_path):
     """kill -9, wherever it strikes, also in the middle of a save, loses nothing but time."""
@@ -487,6 +532,10 @@ def foreign(path, kind):
         torch.save(saved["raw"], path)
     elif kind == "list":
         torch.save([1, 2], path)
+    elif kind == "text":
+        path.write_text("hello")
+    elif kind == "no settings":
+        torch.save({**saved, "settings": [1]}, path)
     elif kind == "older settings":
         del saved["settings"]["heads"]
         torch.save(saved, path)
@@ -495,7 +544,8 @@ def foreign(path, kind):
         torch.save(saved, path)
 
 
-KINDS = ["empty", "cut", "pickle", "state_dict", "list", "older settings", "other sizes"]
+KINDS = ["empty", "cut", "pickle", "state_dict", "list", "text", "no settings", "older settings"]
+KINDS += ["other sizes"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -524,7 +574,7 @@ def test_only_rank_0_looks_for_a_run_at_the_end(folder, monkeypatch):
     monkeypatch.setattr(train, "ranks", lambda: (1, 2, 1))
     for name in ("barrier", "destroy_process_group"):
         monkeypatch.setattr(train.dist, name, lambda: None)
-    train.run({**settings, "patch": 2}, train.RUNS / "set", None, ["train.py"])
+    train.run({**settings, "patch": 2}, train.RUNS / "set", None, None, ["train.py"])
     assert not train.RUNS.exists()
 
 
