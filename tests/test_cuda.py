@@ -34,7 +34,10 @@ def test_the_detector_detects():
     assert mode.count == 1
 
 
-@pytest.mark.parametrize("amp, accum", [("off", "1"), ("bf16", "2")])
+FP32 = pytest.param("off", "1", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("amp, accum", [FP32, ("bf16", "2")])
 def test_no_step_waits_for_the_device_between_two_rows(folder, amp, accum, monkeypatch):
     """From one step's sums to the next one's, over the end of a permutation."""
     marks, real = [], train.add_sums
