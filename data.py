@@ -181,7 +181,7 @@ def download_file(name: str, path: Path, md5: str) -> None:
     for attempt in range(TRIES):
         url = MIRRORS[name][attempt % len(MIRRORS[name])] + path.name
         try:
-            replace_file(path, partial(fetch, url, md5), private=True)
+            replace_file(path, partial(fetch, url, md5), private=".*")
             return
         except (OSError, ValueError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) in DISK:
@@ -215,7 +215,7 @@ def unpack(folder: Path) -> None:
             continue
         target = path.with_name(parts[1])
         try:
-            replace_file(target, partial(extract, path), private=True)
+            replace_file(target, partial(extract, path), private=".*")
         except Exception as error:  # of damaged archives the two libraries raise nearly anything
             if target.is_dir():  # another run was quicker
                 continue
@@ -627,7 +627,7 @@ def decode_once(items: list, size: int, channels: int, what: str, cache: Path) -
                 file.write(pixels.tobytes())
 
     try:
-        replace_file(path, write, private=True)
+        replace_file(path, write, private=".*")
         return np.load(path, mmap_mode="r")
     except OSError as error:
         print(f"no cache in {cache} ({error}): decoding into memory", file=sys.stderr)
@@ -826,10 +826,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what dead processes of this machine have left in a folder."""
+def remove_leftovers(folder: Path, names: str) -> None:
+    """Delete what dead processes of this machine have left in a folder of files whose names match
+    that pattern."""
     for path in folder.iterdir() if os.name == "posix" else ():
-        old = re.fullmatch(rf"\..*\.{re.escape(platform.node())}-(\d+)", path.name)
+        old = re.fullmatch(rf"\.{names}\.{re.escape(platform.node())}-(\d+)", path.name)
         if old:
             try:
                 os.kill(int(old[1]), 0)  # signal 0 only asks: is it alive?
@@ -839,19 +840,20 @@ def remove_leftovers(folder: Path) -> None:
                 pass  # another user's process, alive
 
 
-def replace_file(path: Path, write: Callable[[Path], Any], private: bool = False) -> None:
+def replace_file(path: Path, write: Callable[[Path], Any], private: str = "") -> None:
     """Call write(temporary path); what it wrote gets its name only if that ends well.
 
     So a reader sees the old file or the new one, whole. The temporary name is fixed: what kill -9
-    leaves is overwritten by the next call. Where two processes may write the same file at once, as
-    in data/, it is `private` to this one.
+    leaves is overwritten by the next call. Where two processes may write the same file at once it
+    has the process id in it, and leftovers of files whose names match the pattern `private` are
+    removed: in data/ all, elsewhere those of this file.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, "is no plain file: name another", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     if private:
-        remove_leftovers(path.parent)
+        remove_leftovers(path.parent, private)
         temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")
     try:
         write(temporary)
@@ -860,7 +862,7 @@ def replace_file(path: Path, write: Callable[[Path], Any], private: bool = False
         remove(temporary)
 
 
-def write_json(path: Path, value: Any, private: bool = False) -> None:
-    """Write a value as JSON, whole or not at all (`private`: see `replace_file`)."""
+def write_json(path: Path, value: Any, shared: bool = False) -> None:
+    """Write a value as JSON, whole or not at all; `shared` where two processes may at once."""
     text = json.dumps(value, indent=1) + "\n"
-    replace_file(path, lambda to: to.write_text(text), private)
+    replace_file(path, lambda to: to.write_text(text), re.escape(path.name) if shared else "")

@@ -176,7 +176,7 @@ def train(
             row = {"step": step, "epoch": step * batch / len(images), "images": step * batch}
             row |= {"seconds": earlier + now - start, **means(values)}
             row["images_per_s"] = (step - max(row_step, first)) * batch / (now - row_time)
-            print(json.dumps(row), file=log, flush=True)
+            write_row(log, row)
             stop = values[STOP] > 0
             row_step, row_time = step, now
             sums.zero_()
@@ -318,11 +318,18 @@ def open_log(folder: Path, size: int, rank: int) -> Any:
     """log.jsonl, cut to the `size` bytes that a checkpoint knows of, so that no row is there twice
     after a crash; only rank 0 has one."""
     if rank:
-        return open(os.devnull, "a")
+        return open(os.devnull, "ab", buffering=0)
     path = folder / "log.jsonl"
     path.touch()
     os.truncate(path, min(size, path.stat().st_size))
-    return path.open("a")
+    return path.open("ab", buffering=0)
+
+
+def write_row(log: Any, row: dict) -> None:
+    """Append a row to the log. Raises OSError where the disk takes only a part of it."""
+    line = json.dumps(row).encode() + b"\n"
+    if log.write(line) < len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), log.name)
 
 
 def show_row(row: dict, last: int, first: int, spent: float, remaining: float, again: bool) -> None:
@@ -377,8 +384,8 @@ def catch_signals(finish_step: bool = False) -> list[int]:
         if noted or not finish_step:
             raise SystemExit(128 + number)
         noted.append(number)
-        with suppress(OSError):  # a Ctrl-C ends the reader of a pipe as well
-            # print may be busy
+        # Not print, which the signal may have interrupted. Ctrl-C may have ended a pipe's reader.
+        with suppress(OSError, ValueError, AttributeError):
             os.write(sys.stderr.fileno(), b"\nstopping after this step; again to stop at once\n")
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -540,8 +547,8 @@ fraction = partial(number, float, lambda x: 0 <= x < 1, "in [0, 1)")
 def new_file(text: str) -> Path:
     """The path of a file that a command writes; argparse's error where that is a folder."""
     path = Path(text)
-    if not path.name or path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text or 'nothing'} is a folder: name a file in it")
+    if not path.name or path.is_dir() or text.endswith(os.sep):
+        raise argparse.ArgumentTypeError(f"{text!r} names no file: give one, such as a/b.json")
     return path
 
 

@@ -329,6 +329,8 @@ def screen_rates(table: Table, settings: dict) -> dict[str, float]:
         """Train with that rate and note its held-out accuracy, in percent."""
         tried = {**settings, "lr": rate, "seed": 0, "epochs": SCREEN * settings["epochs"]}
         folder = table.folder(tried, f"-lr-{rate:g}")
+        if settings["method"] in READERS:  # where it fails that is no fault of the rate
+            tokenizer_run(table, tried)
         try:
             found[rate] = run_stage(table, tried, folder, 1)["held_out"]
         except train.NotFinite:
@@ -497,7 +499,7 @@ def write_table(table: Table, common: dict) -> list[dict]:
         "threads": torch.get_num_threads(),
         "probe": f"t = {times} for methods with time, {LABELS:,} labels, {probe.EPOCHS} epochs",
     }
-    write_json(table.path, {**head, "rows": rows, "cells": cells}, private=True)
+    write_json(table.path, {**head, "rows": rows, "cells": cells}, shared=True)
     return rows
 
 

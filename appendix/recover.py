@@ -218,7 +218,7 @@ def build_parser() -> train.Parser:
     p.add_argument("--name", help="the run in runs/NAME (the newest)")
     p.add_argument("--mode", choices=MODES, help="what to draw (recover)")
     p.add_argument("--steps", type=steps, help=f"of the chain, 1 to {T} (50)")
-    p.add_argument("--n", type=train.positive_int, help="test images (16; swap: 8)")
+    p.add_argument("--n", type=train.positive_int, help="test images (16; swap: at most 8)")
     p.add_argument("--seed", type=train.natural, help="of the images chosen and of the noise (0)")
     p.add_argument("--device", help="auto, cpu, cuda (auto)")
     return p
@@ -240,8 +240,9 @@ def main(argv: list[str] | None = None) -> None:
         """A seeded sample of n images, as equal over the classes as can be."""
         return np.array(split.images[sample(split.labels, len(split.images), n, seed)])
 
-    n = typed.get("n", 8 if mode == "swap" else 16)
-    x0 = to_float(torch.from_numpy(choose(test_split, n)).to(device))
+    x0 = to_float(torch.from_numpy(choose(test_split, typed.get("n", 16))).to(device))
+    if mode == "swap":
+        x0 = x0[:8]  # 64 images to decode
     if mode != "recover" and len(x0) < 2:  # the others need another's v
         way = "give --n 2" if len(test_split.images) > 1 else "the set has one"
         fail(f"--mode {mode} needs two test images or more: {way}")

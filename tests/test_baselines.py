@@ -406,6 +406,13 @@ def check_cell(cell, run):
     assert {"command", "commit", "versions", "machine"} <= set(cell)
 
 
+def test_a_tokenizer_that_fails_is_no_fault_of_the_rates(tiny, folder, monkeypatch, capsys):
+    monkeypatch.setattr(baselines, "TOKENIZER_RATE", 1e30)
+    flags = ["--data", folder, "--method", "mage", "--epochs", "40"]
+    assert "not finite" in fails(capsys, baselines.main, flags)
+    assert not list(RUNS.glob("*/stage-1.json"))
+
+
 def test_the_rate_is_the_best_on_held_out_images_and_an_edge_gets_one_more(
     tiny, folder, monkeypatch
 ):
@@ -648,6 +655,19 @@ def test_a_table_is_refused_under_torchrun(tiny, folder, monkeypatch, capsys):
     for key, value in zip(train.WORLD, "020"):
         monkeypatch.setenv(key, value)
     assert "without torchrun" in fails(capsys, baselines.main, ["--data", folder])
+
+
+@pytest.mark.parametrize("busy", ["set-mage-0", "set-tokenizer-0"])
+def test_a_run_that_another_process_trains_is_left_alone(tiny, folder, capsys, monkeypatch, busy):
+    monkeypatch.setattr(baselines, "screen_rates", lambda *_: {"0.001": 50.0})
+    with train.claim(RUNS / busy):
+        line = fails(capsys, baselines.main, ["--data", folder, "--method", "mage"])
+    assert f"another process is training runs/baselines/{busy}" in line
+    assert not (RUNS / busy / "checkpoint.pt").exists()
+
+
+def test_a_file_of_no_name_is_refused_before_the_work(tiny, folder, capsys):
+    assert "'' names no file" in fails(capsys, baselines.main, ["--data", folder, "--out", ""])
 
 
 def test_the_run_of_another_table_is_not_touched(tiny, folder, capsys, monkeypatch):

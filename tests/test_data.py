@@ -880,6 +880,24 @@ def test_one_process_of_a_machine_says_why_all_end(monkeypatch, capsys, rank):
     assert capsys.readouterr().err == ("error: no such set\n" if rank == "0" else "")
 
 
+def test_another_program_s_rank_does_not_silence_an_error(monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert fails(capsys, data.fail, "no such set") == "error: no such set\n"
+
+
+def test_a_shared_file_has_a_temporary_name_of_its_own_and_leaves_other_files_alone(monkeypatch):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = [f".{name}.{platform.node()}-{dead.pid}" for name in ("table.json", "other.json")]
+    write("out", dict.fromkeys(names, ""))
+    seen, real = [], Path.write_text
+    monkeypatch.setattr(Path, "write_text", lambda to, x: seen.append(to.name) or real(to, x))
+    data.write_json(Path("out/table.json"), 1, shared=True)
+    assert seen == [f".table.json.{platform.node()}-{os.getpid()}"]
+    assert entries("out") == [names[1], "table.json"]
+
+
 def test_a_file_is_replaced_whole_or_not_at_all():
     write(".", {"new/.x.tmp": "left by kill -9"})
     data.replace_file(Path("new/x"), lambda path: path.write_text("old"))

@@ -255,9 +255,8 @@ def test_the_edges_of_tsne(monkeypatch):
         tsne.tsne(torch.randn(3, 5))
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(tsne.pca(x, 2), tsne.pca(x[:, torch.randperm(8)], 2), atol=1e-4)
-    few = torch.randn(
-        9, 1024, generator=torch.Generator().manual_seed(0)
-    )  # rank 8: ill-conditioned
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randn(9, 1024, generator=generator)  # of rank 8, so badly conditioned
     _, _, axes = torch.linalg.svd((few - few.mean(0)).double(), full_matrices=False)
     want = ((few - few.mean(0)).double() @ axes[:8].T).abs()
     assert torch.allclose(tsne.pca(few, 8).double().abs(), want, atol=1e-5)

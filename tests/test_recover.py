@@ -253,6 +253,15 @@ def test_modes_draw_and_say_where(trained, mode, capsys):
     assert f"saved: {trained}/recover-{mode}.png" in capsys.readouterr().out
 
 
+def test_swap_takes_the_first_eight_of_the_sixteen(trained, monkeypatch, capsys):
+    seen = {}
+    for name in ("swap", "recover"):
+        monkeypatch.setattr(recover, name, lambda model, x0, *_, name=name: seen.update({name: x0}))
+        recover.main(["--mode", name])
+    assert len(seen["recover"]) == 16 and torch.equal(seen["swap"], seen["recover"][:8])
+    assert ": 8 test images" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [

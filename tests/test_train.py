@@ -1,6 +1,7 @@
 """train.py: the step, the loop, resume bit for bit, errors of one line."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -216,6 +217,15 @@ def test_a_second_ctrl_c_ends_at_once_and_keeps_the_checkpoint(folder, monkeypat
     assert rows("set")[-1]["step"] == 7  # step 8 was not finished
     resume("set", "--epochs", "8")
     assert [row["step"] for row in rows("set")] == list(range(1, 21))
+
+
+def test_a_row_that_the_disk_does_not_take_whole_is_an_error():
+    log = io.FileIO(os.devnull, "w")
+    log_of_3_bytes = type("Full", (), {"write": lambda self, line: 3, "name": "log.jsonl"})()
+    train.write_row(log, {"step": 1})
+    with pytest.raises(OSError, match="No space left.*log.jsonl"):
+        train.write_row(log_of_3_bytes, {"step": 1})
+    log.close()
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(folder, capsys):
@@ -536,7 +546,7 @@ def foreign(path, kind):
     elif kind == "no settings":
         torch.save({**saved, "settings": [1]}, path)
     elif kind == "older settings":
-        del saved["settings"]["heads"]
+        del saved["settings"]["lr"]
         torch.save(saved, path)
     else:
         saved["settings"]["hidden"] = 32
@@ -641,6 +651,7 @@ CPU_MEMORY = (  # as torch says it
         (RuntimeError(CPU_MEMORY), "you tried to allocate 1 bytes. Error"),
         (RuntimeError("Storage size calculation overflowed with sizes=[3]"), "out of memory ("),
         (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "install gcc and g++"),
+        (RuntimeError("numel: integer multiplication overflow"), "out of memory (numel"),
         (RuntimeError("Failed to find C compiler. Please specify via CC"), "install gcc and g++"),
         (OSError(28, "No space left on device"), "cannot write: No space left on device"),
         (PermissionError(13, "Permission denied", "runs/x"), "runs/x: Permission denied"),
