@@ -154,8 +154,12 @@ def test_notime_differs_from_dier_in_the_encoders_time_alone(timed, tiny):
     assert a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
 
 
-@pytest.mark.parametrize("preset", model.PRESETS)
-@pytest.mark.parametrize("name", ["mnist", "tiny-imagenet", "bccd"])
+SETS = [("mnist", "paper"), ("mnist", "cpu"), ("tiny-imagenet", "cpu"), ("bccd", "cpu")]
+LARGE = [("tiny-imagenet", "paper"), ("bccd", "paper")]
+SETS += [pytest.param(*row, marks=pytest.mark.slow) for row in LARGE]
+
+
+@pytest.mark.parametrize("name, preset", SETS)
 def test_each_method_has_each_preset_with_diers_encoder_size_and_recipe(name, preset):
     typed = {"data": name, "preset": preset, "device": "cpu"}
     dier = baselines.method_settings("dier", typed)
