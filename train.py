@@ -211,7 +211,7 @@ def ranks() -> tuple[int, int, int]:
         rank, processes, local = (int(os.environ[key]) for key in WORLD)
     except (KeyError, ValueError):
         os.environ["LOCAL_RANK"] = "0"  # whichever process it is, it says so
-        fail(f"of {', '.join(WORLD)} some are set, but not by torchrun: start it, or unset them")
+        fail(f"{', '.join(WORLD)} are not set as by torchrun: start with it, or unset all three")
     return rank, processes, local
 
 

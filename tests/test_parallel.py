@@ -192,7 +192,7 @@ def test_ranks_are_those_of_torchrun_or_of_one_process(monkeypatch, capsys, worl
     if want:
         assert train.ranks() == want
     else:
-        assert "but not by torchrun: start it, or unset them" in fails(capsys, train.ranks)
+        assert "are not set as by torchrun: start with it, or unset" in fails(capsys, train.ranks)
 
 
 def test_the_norm_of_all_processes_counts_once(monkeypatch):

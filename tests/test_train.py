@@ -568,6 +568,7 @@ def test_a_foreign_or_damaged_checkpoint_is_one_line(folder, capsys):
             error = fails(capsys, command, "set", "--epochs", "9")
             words = "does not fit its own settings" if kind == "other sizes" else "set/check"
             assert words in error and "train a" in error, kind
+            assert ("(it is no checkpoint)" in error) == (kind == "text")
             assert not Path("bomb").exists()
 
 
