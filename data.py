@@ -667,6 +667,10 @@ def load(
         print(f"a sample of {used[0]:,} + {used[1]:,} of them is used")
     if 0 < limit < classes:
         print(f"--limit {limit} is below the {classes} classes: some have no image")
+    groups = splits[0].groups
+    units = chosen[0] if groups is None else groups[chosen[0]]
+    if classes and len(set(units)) == 1:  # said now, not after hours of training
+        fail(f"{title}: all training images are of one source or patient, and the probe needs two")
     items = [split.images[k] for split, index in zip(splits, chosen) for k in index]
     try:
         images = decode_once(items, size, channels, title, Path(data_dir, "cache"))

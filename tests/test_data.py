@@ -4,6 +4,7 @@ import errno
 import gzip
 import hashlib
 import io
+import itertools
 import os
 import platform
 import shutil
@@ -277,6 +278,9 @@ def test_oct2017_groups_by_patient_in_every_layout(capsys, root, archive):
         ("bccd", {"labels.csv": "Image,Category\n"}, "bccd is not in data/bccd: put dataset2-m"),
         ("tiny-imagenet", tree("train/n1/images/1 val/images/2"), "has no test images of tiny-im"),
         ("oct2017", {"train/CNV/CNV-1-1.jpeg": 1, "test/DME/DME-1-1.jpeg": 1}, "lacks: DME"),
+        ("oct2017", {f"{split}/{kind}/{kind}-7-{n}.jpeg": n
+                     for n, (split, kind) in enumerate(itertools.product(("train", "test"), "AB"))},
+         "oct2017: all training images are of one source or patient, and the probe needs two"),
         ("set", tree("a/1 b/2"), "set has no test images of set"),
         ("set", tree("train/Disc/1 train/Box/2 test/disc/3 test/Box/4"),
          "set: test has classes that train (Box, Disc) lacks: disc"),
@@ -563,6 +567,7 @@ def test_a_limit_is_a_seeded_sample_equal_over_the_classes(capsys):
         assert np.array_equal(load("mnist", 28, 1, limit)[0].labels, labels)
     out = capsys.readouterr().out
     assert "below" not in out and out.count("a sample of ") == out.count("41 + 41 of them is used")
+    assert "are of one source or patient" in fails(capsys, load, "mnist", 28, 1, 1)
     load("mnist", 28, 1, limit=9)
     out = capsys.readouterr().out
     assert "--limit 9 is below the 10 classes" in out and "a sample of 9 + 9 of them is used" in out
