@@ -72,7 +72,8 @@ ROW_STEPS = 20  # a row of the log for each of the first 20 steps, then for ever
 # t, then the gradient norm, the steps where it was finite, those where it was not, votes to stop.
 NORM, FINITE, SKIPPED, STOP = 20, 21, 22, 23
 SUMS = 24  # how many numbers that are
-WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what torchrun tells each process
+# What torchrun tells each process: three numbers, then where they meet.
+WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 # ---------------------------------------------------------------------------- the step
 
@@ -208,10 +209,11 @@ def ranks() -> tuple[int, int, int]:
     if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         return 0, 1, 0
     try:
-        rank, processes, local = (int(os.environ[key]) for key in WORLD)
+        told = [os.environ[key] for key in WORLD]
+        rank, processes, local = (int(number) for number in told[:3])
     except (KeyError, ValueError):
         os.environ["LOCAL_RANK"] = "0"  # whichever process it is, it says so
-        fail(f"{', '.join(WORLD)} are not set as by torchrun: start with it, or unset all three")
+        fail(f"{', '.join(WORLD)} are not set as by torchrun: start with it, or unset them")
     return rank, processes, local
 
 

@@ -656,7 +656,7 @@ def test_bad_input_is_one_line_and_nothing_is_trained(typed, words, tiny, folder
 
 
 def test_a_table_is_refused_under_torchrun(tiny, folder, monkeypatch, capsys):
-    for key, value in zip(train.WORLD, "020"):
+    for key, value in zip(train.WORLD, "02001"):
         monkeypatch.setenv(key, value)
     assert "without torchrun" in fails(capsys, baselines.main, ["--data", folder])
 
