@@ -511,8 +511,8 @@ def read_set(name: str, folder: Path) -> Found:
 
 
 def open_set(name: str, data_dir: Path) -> Found:
-    """Both splits of any set, undecoded, and what was left out: reads what is there, and where
-    something is missing takes the next step towards it and tries again. Exits after the last."""
+    """Both splits of any set, undecoded, and what was left out. While reading raises Missing, it
+    unpacks, downloads, unpacks again, and reads after each; then it exits."""
     folder = data_dir / name if name in SETS else Path(name)
     for step in (unpack, partial(download, name), unpack, partial(not_there, name)):
         with suppress(Missing):
@@ -604,9 +604,9 @@ def decode(items: list, size: int, channels: int, what: str) -> Iterator[np.ndar
 
 
 def decode_once(items: list, size: int, channels: int, what: str, cache: Path) -> np.ndarray:
-    """Decode and keep as .npy, uint8 (N, C, S, S), memory-mapped. The file's name has a hash of the
-    images' names, sizes and modification times, so changed files are decoded again. Where the
-    cache cannot be written, into memory. Raises Unreadable."""
+    """Decode and cache as .npy, uint8 (N, C, S, S), memory-mapped. The file name has a hash of the
+    images' names, sizes and modification times, so changed files are decoded again. If the cache
+    cannot be written, the array stays in memory. Raises Unreadable."""
     shape = (len(items), channels, size, size)
     key = hashlib.sha256(repr((shape, PIL.__version__)).encode())
     for item in items:
@@ -731,8 +731,8 @@ def on_device(images: np.ndarray, device: torch.device) -> Tensor:
 @lru_cache(maxsize=2)  # every step of an epoch asks for the same one
 def permutation(n: int, seed: int, epoch: int, device: torch.device) -> Tensor:
     """The order of one epoch, int64 (n,): drawn on the CPU, so that it is the same everywhere, and
-    copied from pinned memory, so that nothing waits. (Its seed is that of train.py's draws at step
-    `epoch`, too; it stays, so that older runs can be repeated.)"""
+    copied from pinned memory, so that nothing waits. (mix_seed(seed, epoch) is also the seed of
+    train.py's draws at step `epoch`: a flaw, kept so that recorded runs can be repeated.)"""
     generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
     order = torch.randperm(n, generator=generator, pin_memory=device.type == "cuda")
     return order.to(device, non_blocking=True)

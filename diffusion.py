@@ -1,26 +1,26 @@
-"""The diffusion process: noise an image, score a guess of the noise, walk back to the image.
+"""The diffusion process: add noise, compute the loss of the predicted noise, denoise.
 
     x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps                 (Eq. 3.1)  linear_betas
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                     (Eq. 3.2)  q_sample
     L   = E || eps - eps_theta(x_t, t, v_t) ||^2, v_t = Encoder(x_0, t)  (Eq. 4.6)  eps_loss
     x_0-hat = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)                        predict_x0
 
-Eq. 3.1 is the product of a thousand such small steps. The sum of Gaussian steps is Gaussian, so
-Eq. 3.2 jumps to any t at once: the image fades, the noise grows, the variance goes from the image's
-to 1.
+The product of a thousand such small steps is q(x_1..x_T | x_0), the paper's Eq. 3.1. The sum of
+Gaussian steps is Gaussian, so Eq. 3.2 jumps to any t at once: the image fades, the noise grows, the
+variance goes from the image's to 1.
 
     t                        0     100     400     700     999
     sqrt(abar_t)         1.000   0.946   0.440   0.083   0.006     what is left of the image
     sqrt(1 - abar_t)     0.010   0.324   0.898   0.997   1.000     how much noise there is
 
-Why guess the noise? Given x_t, the noise determines the image and the image the noise (the equation
-of `predict_x0`), so a network could guess either: an error of the noise is that of the image, times
-sqrt(abar_t / (1 - abar_t)). So Eq. 4.6 weighs the image's error: heavily at small t, where fine
-detail is decided, and hardly at t = 999, where x_t says nothing of the image (v_t may, but the loss
-hardly asks). DDPM found that this weighting gives the best samples.
+Why predict the noise? Given x_t, the noise determines the image and the image the noise (the
+equation of `predict_x0`), so a network could predict either. The two losses differ by a weight:
+||eps - eps_hat||^2 = abar_t / (1 - abar_t) ||x_0 - x_0-hat||^2. This signal-to-noise ratio is 9999
+at t = 0, where fine detail is decided, 4e-5 at t = 999: the loss hardly asks for x_0 there. DDPM
+found that the unweighted loss of the noise gives better samples than the variational bound.
 
-Time t is an integer in 0..999: t = 0 is the first, faintest noise. The clean image is x_0 in every
-formula, as the paper writes it, but has no t at all (abar = 1). (Eq. 3.2 of the paper prints the
+Time t is an integer in 0..999, and x_t at t = 0 already has the first, faintest noise. x_0 is the
+clean image, as in the paper, not x_t at t = 0: its abar is 1. (Eq. 3.2 of the paper prints the
 standard deviation where N(., .) takes the variance.) Nothing here knows a network: what walks the
 chain takes any eps_fn(x_t, t) -> eps.
 
@@ -64,9 +64,9 @@ def q_sample(x0: Tensor, t: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
 def eps_loss(eps_hat: Tensor, eps: Tensor) -> Tensor:
     """Eq. 4.6 for each image, averaged over C, H, W: mean squared error in fp32 -> (B,).
 
-    Adam does not notice the factor 1 / (C H W), the gradient clip does. The caller takes the mean
-    over the batch; one value an image also gives the loss by t for free. The expected value is 1
-    for a network that outputs 0, since E[eps^2] = 1.
+    Eq. 4.6 sums over C, H, W. Adam cancels the factor 1 / (C H W) of a mean, the gradient clip does
+    not. The caller averages over the batch; one value an image also gives the loss by t for free.
+    The expected value is 1 for a network that outputs 0, since E[eps^2] = 1.
     """
     if eps_hat.dtype != torch.float64:  # autocast may hand over half precision
         eps_hat, eps = eps_hat.float(), eps.float()
@@ -96,8 +96,8 @@ def ddim_times(steps: int) -> list[int]:
 
 
 def posterior_variance(abar_t: Tensor, abar_prev: Tensor) -> Tensor:
-    """Variance of q(x_prev | x_t, x_0): beta (1 - abar_prev) / (1 - abar_t), beta over the steps
-    used: 1 - abar_t / abar_prev. It is 0 for the last step, where abar_prev = 1."""
+    """Variance of q(x_prev | x_t, x_0): beta (1 - abar_prev) / (1 - abar_t), with the beta of the
+    whole jump, 1 - abar_t / abar_prev. It is 0 for the last step, where abar_prev = 1."""
     return (1.0 - abar_t / abar_prev) * (1.0 - abar_prev) / (1.0 - abar_t)
 
 
@@ -110,12 +110,12 @@ def ddim_step(
     noise: Tensor | None = None,
     clip: bool = False,
 ) -> Tensor:
-    """One step of Eq. 3.3 from abar_t to abar_prev (B, C, H, W); abar_prev = 1 lands on the image.
+    """One step of Eq. 3.3: x_t, eps (B, C, H, W) -> x_prev (B, C, H, W); abar_prev = 1: the image.
 
-    eta = 0 is DDIM, deterministic; eta = 1 is DDPM's ancestral step, whose noise has the posterior
-    variance. x_0-hat and eps are the same image and noise at every t, mixed anew for another abar:
-    with abar_prev < abar_t and eta = 0 the same formula walks from image to noise.
-    With clip, eps is recomputed from the clipped x_0-hat, so that both describe the same x_t.
+    x_prev = sqrt(abar_prev) x_0-hat + sqrt(1 - abar_prev - var) eps + sqrt(var) noise: Eq. 3.2 with
+    another abar. eta = 0 is DDIM (var = 0), eta = 1 DDPM's ancestral step (the posterior variance).
+    With abar_prev < abar_t and eta = 0 it goes from image to noise. With clip, eps is recomputed
+    from the clipped x_0-hat, so that both describe the same x_t.
     """
     x0 = predict_x0(x_t, abar_t, eps, clip)
     if clip:

@@ -3,14 +3,14 @@
     v_t = Encoder(x_0, t)                 half a U-Net that sees the clean image and the time
     eps = DiT(x_t, t, v_t)                a transformer on pixel patches that sees the noisy image
 
-v_t reaches the DiT only through adaLN, as the paper has it, here added to the embedding of t (a
-linear layer of the sum gives each normalisation its scale and shift and each branch its gate): one
-vector of 1024 numbers has to tell the transformer what the noise has hidden, and that makes it a
-semantic embedding.
+As in the paper v_t reaches the DiT only through adaLN. Here it is added to the embedding of t; a
+linear layer of the sum gives each normalisation scale and shift and each branch its gate. One
+vector has to tell the transformer what the noise has hidden. That this makes it semantic is the
+paper's claim, which probe.py tests.
 
 At initialisation every residual branch and the output are zero, as in DiT: eps = 0, so the first
-loss is E[eps^2] = 1; v does not depend on t; and no gradient reaches the encoder in the first two
-steps, because the DiT has yet to open the layers between its output and v.
+loss is E[eps^2] = 1, and v does not depend on t. No gradient reaches the encoder in two steps: the
+first opens `out` alone, the second the `ada` layers, and only then does the output depend on v.
 
 Shapes: B batch, C channels, H W pixels, N tokens, D width, E width of the time embedding,
 V = 1024 length of v.
@@ -93,7 +93,7 @@ def positions_2d(side: int, width: int) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for each head: (B, heads, N, d) -> (B, heads, N, d).
+    """softmax(q k^T / sqrt(d)) v for each head: (B, heads, N, d) -> (B, heads, N, d); v are values.
 
     Short sequences are two batched products, which on a CPU is up to ten times as fast as the fused
     kernel; long ones use it, as it never stores the N x N scores. Both sum in fp32.
@@ -185,8 +185,8 @@ class AttentionBlock(nn.Module):
 class Encoder(nn.Module):
     """v_t = Encoder(x_0, t), the time-dependent encoder of Fig. 3.
 
-    x_0 (B, C, H, W) in [-1, 1], t (B,) in 0..999 -> (B, V). But for the head's bias, v lies in a
-    subspace of base * mult[-1] dimensions, the last width.
+    x_0 (B, C, H, W) in [-1, 1], t (B,) in 0..999 -> (B, V). v is linear in the pooled features (B,
+    base * mult[-1]), so its rank is at most that width, not 1024.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -256,7 +256,7 @@ def unpatchify(x: Tensor, p: int, channels: int) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (1 + scale) + shift, the same for all tokens: (B, N, D), (B, D), (B, D) -> (B, N, D), in
-    the precision of shift, which the next product takes."""
+    shift's dtype: under autocast that is the half precision which the next linear layer reads."""
     return torch.addcmul(shift[:, None], x.to(shift.dtype), 1 + scale[:, None])
 
 
@@ -368,9 +368,9 @@ class DiER(nn.Module):
 # train.py. `paper` is Table 4: 32 pixels for mnist, cifar10, cifar100; 64 for tiny-imagenet; 256
 # for bccd, oct2017. `cpu` is the same architecture at a size that a laptop trains in an hour or so:
 # few pixels, large patches, small batches, since steps count more than images in a short run. Two
-# bounds hold for every row. The last width of the encoder, base x mult, bounds the rank of v, and
-# `hidden` what the DiT reads of it. And a token must hold the noise of its patch: of patch^2 x
-# channels numbers the share beyond `hidden` stays in the loss for ever: at hidden 128 digits take
+# bounds hold for every row. v has at most rank base x mult[-1], and the part of it that the DiT
+# reads at most rank `hidden`. If patch^2 x channels > hidden, a token cannot hold its patch's
+# noise, and the loss cannot fall below 1 - hidden / (patch^2 x channels): at hidden 128 digits take
 # patch 8 (64 numbers), colour patch 4 (48).
 
 # fmt: off

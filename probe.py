@@ -66,8 +66,8 @@ PIXELS = 32  # raw pixels are compared at 32 x 32 at most: 256 x 256 are 196,608
 NEIGHBOURS = 20
 BLOCK = 250  # images encoded at once, of up to 64 x 64 pixels; of larger ones as many pixels
 FLOORS = ("untrained", "random")
-STEP, FINEST = 125, 15  # of --t auto: between the first t's and between the last
-RIDGE = 100.0  # its classifier's penalty on squared weights: it fades as the images grow more
+STEP, FINEST = 125, 15  # --t auto: spacing of the first t, smallest distance of the last
+RIDGE = 100.0  # ridge penalty |w|^2 of --t auto; the more images, the less it matters
 
 # ---------------------------------------------------------------------------- features
 
@@ -96,7 +96,7 @@ def encode(
 
 
 class Pixels(nn.Module):
-    """The floor of no network, in the place of an encoder: (B, C, H, W), (B,) -> (B, C * h * w),
+    """Raw pixels in the place of an encoder: (B, C, H, W), (B,) -> (B, C * h * w),
     averaged to h = w = 32 where the images are larger."""
 
     def forward(self, x0: Tensor, t: Tensor) -> Tensor:
@@ -248,13 +248,12 @@ def choose(rows: list[dict], key: str) -> dict:
 
 
 def search(encoder: nn.Module, split: Split, device: torch.device, classes: int) -> list[dict]:
-    """Find the t whose v_t says most about the class, on a twelfth of the training images, 800 to
-    3,000 if there are so many: every 125th t and the last, then both neighbours of the best so far,
-    ever closer, down to 15. Prints and returns rows {t, images, accuracy, explained, seconds}.
+    """Coarse-to-fine search for the t whose v_t tells most about the class: t = 0, 125, ..., 875,
+    999, then the best so far +- 62, +- 31, +- 15. On a twelfth of the training images, but at least
+    800 (or all) and at most 3,000. Returns rows {t, images, accuracy, explained, seconds}.
 
-    Each t is scored by a ridge classifier, cross-validated on the same images in the same folds:
-    `explained` is the share of the labels' variance that it tells of images that it did not see.
-    Accuracy counts hits, and so differs between neighbouring t by chance; this is smooth.
+    Each t is scored by a ridge classifier, cross-validated in the same folds. `explained` is R^2 of
+    the one-hot labels on held-out images: smooth in t, where accuracy jumps by chance.
     """
     n = min(3_000, max(800, len(split.images) // 12))
     index = sample(split.labels, len(split.images), n, 0)
@@ -308,8 +307,8 @@ def probe(
     export: Path | None = None,
 ) -> dict:
     """The whole protocol at each of the times for an encoder that maps images (B, C, H, W) and t
-    (B,) to v (B, V); prints a row as soon as it is known. Then scores `floors`, more such encoders,
-    at the chosen t. Returns what probe.json holds, but for its name.
+    (B,) to v (B, V); prints each row when it is known. Then probes `floors`, more such encoders, at
+    the chosen t. Returns the results of probe.json; `main` adds where they come from.
 
     `protocol` has norm, epochs, lr and classes. With `export`, v_t is written there as well, as an
     .npz: x_train_T (N, V) and x_test_T (M, V) in half precision for each time T, y_train, y_test.

@@ -11,15 +11,15 @@
 accuracies of the linear probe, probe.py.)
 
 One step (Eq. 4.6): draw t and eps, make x_t, predict eps from x_t, t and v_t = Encoder(x_0, t),
-take the squared error, clip, Adam, average. The file opens with it: `draw` and `dier_loss` are the
-first half, the rest stands in the loop of `train`. What runs, flags and commands need comes after.
+take the squared error, clip the gradient, step Adam, update the EMA of the weights. `draw` and
+`dier_loss` are the first half, the loop of `train` is the rest; run folders, flags, main follow.
 
 What a run leaves in runs/NAME/:
 - config.json: every setting;
-- checkpoint.pt: weights, average, optimizer, counters; tensors and plain values only;
+- checkpoint.pt: weights, their EMA, optimizer, counters; tensors and plain values only;
 - log.jsonl: step, epoch, images, seconds, loss, loss_by_t (10 numbers, the mean loss for each tenth
   of t, null where none was drawn), grad_norm, skipped (steps that fp16 skipped), images_per_s;
-- preview.png: what the average weights make of four images.
+- preview.png: x_0, x_t and the one-step estimate of x_0 by the EMA weights, four images, five t.
 
 Shapes: B batch, C channels, H W pixels.
 """
@@ -68,10 +68,10 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAVE_SECONDS = 60.0  # between two checkpoints; many processes save at the next row
 PREVIEW_SECONDS = 150.0  # between two previews, which on a CPU can cost as much as steps do
 ROW_STEPS = 20  # a row of the log for each of the first 20 steps, then for every 20th
-# What training sums up on the device: at 0-9 the loss and at 10-19 the number of images by tenth of
-# t, then the gradient norm, the steps where it was finite, those where it was not, votes to stop.
+# Layout of the sums that training keeps on the device: 0-9 loss and 10-19 images, by tenth of t,
+# then gradient norm, steps where it was finite, steps where it was not, votes to stop.
 NORM, FINITE, SKIPPED, STOP = 20, 21, 22, 23
-SUMS = 24  # how many numbers that are
+SUMS = 24  # their number
 # What torchrun tells each process: three numbers, then where they meet.
 WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -81,7 +81,7 @@ WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 def draw(
     seed: int, step: int, shape: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """t (B,), flips (B,) and eps `shape` of one step for the global batch: a pure function."""
+    """t (B,), flips (B,) and eps `shape` of the global batch: a pure function of (seed, step)."""
     generator = torch.Generator(device).manual_seed(mix_seed(seed, step))
     t = torch.randint(T, shape[:1], generator=generator, device=device)
     flips = torch.rand(shape[:1], generator=generator, device=device) < 0.5
@@ -106,8 +106,8 @@ def train(
     folder: Path,
     saved: dict | None = None,
 ) -> tuple[int, float, int]:
-    """Train net on uint8 images (N, C, S, S), from a checkpoint if there is one, until the epochs
-    or minutes are over or a signal comes: it ends after the step (many processes: at a row), saved.
+    """Train net on uint8 images (N, C, S, S), from the checkpoint `saved` if given. Stops and saves
+    when epochs or minutes are over or a signal has come, after a step (torchrun: at a log row).
     loss_fn(net, x0, t, eps, abar) -> (B,). Returns (step reached, seconds, the signal or 0)."""
     # What stays: settings, images and schedule on the device.
     seed, batch, accum, amp = (settings[key] for key in ("seed", "batch_size", "accum", "amp"))
@@ -117,7 +117,7 @@ def train(
     abar = alphas_cumprod().float().to(device)
     mine = slice(rank, batch, processes)  # this process's images of a batch
     last = math.ceil(settings["epochs"] * len(images) / batch)
-    # What changes, new or as saved: networks, optimizer, counters; rank 0 has the sums of all.
+    # State, new or from the checkpoint. Rank 0 takes the saved sums: a row adds those of all ranks.
     parts = make_parts(net.to(device).train(), settings, device, saved)
     ema, optimizer, scaler = parts["ema"], parts["optimizer"], parts["scaler"]
     params, ema_params = list(net.parameters()), list(ema.parameters())
@@ -133,8 +133,8 @@ def train(
     saved_at = shown_at = drawn_at = -math.inf
     stop = step >= last
     while not stop:
-        # t, flips and eps follow from (seed, step) for the whole batch, dropout from rank as well:
-        # one process and eight see the same data, and a resumed run what it would have seen.
+        # t, flips and eps depend on (seed, step) alone, for the global batch: any number of ranks
+        # sees the same data, a resumed run continues exactly. (Dropout depends on the rank too.)
         torch.manual_seed(mix_seed(seed, step, rank))  # dropout draws from the default generators
         t, flips, eps = (x[mine] for x in draw(seed, step, (batch, *images.shape[1:]), device))
         index = batch_index(len(images), step, batch, seed, images.device)[mine]
@@ -150,7 +150,7 @@ def train(
             scaler.scale(loss.mean() / accum).backward()
             losses.append(loss.detach())
 
-        # Clip; Adam; the average follows the weights, the slower the longer they have trained.
+        # Clip; Adam; EMA. Its decay warms up from 0.18, so the initial weights soon fade from it.
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(params, settings["clip"] or math.inf, foreach=True)
         scaler.step(optimizer)
@@ -232,8 +232,8 @@ def make_parts(net: nn.Module, settings: dict, device: torch.device, saved: dict
             state = saved.pop(name)  # else it would lie in memory twice
             if part is not scaler or state:  # {} where the run was not in fp16 until now
                 restore(part, state)
-    # A GPU's moments of the encoder are channels last. Fused Adam wants them laid out as the
-    # weights are here, and does not look.
+    # A checkpoint of a GPU run has the encoder's moments in channels_last. Fused Adam assumes that
+    # moments and weights share a layout and does not check, so give them the weights' layout here.
     for p, moments in optimizer.state.items():
         for key in ("exp_avg", "exp_avg_sq"):
             moments[key] = torch.empty_like(p).copy_(moments[key])

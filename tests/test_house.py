@@ -215,7 +215,7 @@ def test_accuracies_of_the_readme_are_those_of_the_records():
         seconds = (runs[0]["training"]["seconds"], runs[0]["seconds"])
         assert [training, probing] == [f"{s / 60:.0f}" for s in seconds], name
         assert published == (str(paper[name]) if name else ""), name
-    said = re.search(r"\(on one (\S+)\),.* \(in fp32 (\S+)\)", text, re.DOTALL).groups()
+    said = re.search(r"\(on one top-1 is (\S+)\),.* \(in fp32 (\S+)\)", text, re.DOTALL).groups()
     again = [record(name)["test_top1"] for name in ("glyphs-one-thread", "mnist-fp32")]
     assert list(said) == [f"{top1:.2f}" for top1 in again]
     rows = [row for name in ("glyphs-fp32", "glyphs-one-thread") for row in record(name)["rows"]]
@@ -224,18 +224,42 @@ def test_accuracies_of_the_readme_are_those_of_the_records():
     said = re.search(r"with `--norm none` ours\sare (\S+), (\S+)\.\n", text).groups()
     none = [record(f"{name}-norm-none")["oracle_top1"] for name in ("mnist", "cifar10")]
     assert list(said) == [f"{top1:.2f}" for top1 in none]
+    lab = (ROOT / "results/README.md").read_text()
+    for name in ("glyphs", "mnist", "cifar10"):
+        cells = " | ".join(f"{row['top1']:.2f}" for row in record(name)["rows"])
+        assert f"| top-1 | {cells} |" in lab, name
+
+
+@needs_readme
+def test_the_verdict_of_the_readme_is_that_of_the_records():
+    text = README.read_text()
+    runs = [record(name) for name in ("cifar10", "cifar10-seed-1", "cifar10-seed-2")]
     leads = []
-    for name in ("cifar10", "cifar10-seed-1", "cifar10-seed-2"):
-        second, best = sorted(record(name)["rows"], key=lambda row: row["top1"])[-2:]
+    for run in runs:
+        second, best = sorted(run["rows"], key=lambda row: row["top1"])[-2:]
         assert best["t"] == 100
         leads.append(best["top1"] - second["top1"])
-    assert f"by {min(leads):.1f} to {max(leads):.1f} points; the others hardly" in text
-    curve = re.search(r"^\| t \|(.*)\|\n\|[- |]+\|\n((?:\|.*\n){3})", text, re.MULTILINE)
-    times = [int(t) for t in curve[1].split("|")]
-    for line in curve[2].splitlines():
-        name, *shown = line.strip("| ").replace("|", " ").split()
-        rows = {row["t"]: f"{row['top1']:.2f}" for row in record(name)["rows"]}
-        assert shown == [rows[t] for t in times], name
+    assert f"by {min(leads):.1f} to {max(leads):.1f} points; glyphs" in text
+    top1, random = [run["test_top1"] for run in runs], [run["floors"]["random"] for run in runs]
+    said = f"{min(top1):.1f} to {max(top1):.1f} on CIFAR-10, three seeds; raw pixels have "
+    pixels = runs[0]["floors"]["pixels"]
+    said += f"{pixels:.1f}, a random encoder {min(random):.1f} to {max(random):.1f}."
+    assert said in text
+    cells = {(cell["method"], cell["seed"]): cell for cell in record("time-mnist")["cells"]}
+    seeing = [cells["dier", seed]["top1"] for seed in (0, 1)]
+    blind = [cells["dier-notime", seed]["top1"] for seed in (0, 1)]
+    said = (
+        f"{seeing[0]:.2f} and {seeing[1]:.2f}, always told t = 0 {blind[0]:.2f} and {blind[1]:.2f}"
+    )
+    assert said in text
+    paper = record("paper")["table1"]
+    dier = paper.pop("DiER")
+    sets = [name for name in dier if not name.endswith("_top5")]
+    assert len(sets) == 6 and sum(dier[name] > paper["MAE"][name] for name in sets) == 5
+    assert sum(all(dier[name] > row[name] for row in paper.values()) for name in sets) == 4
+    for name in ("mnist", "cifar10"):
+        here = {row["method"]: row["top1"] for row in record(f"table1-{name}")["rows"]}
+        assert here["dier"] > here["mae"], name
 
 
 @needs_readme
