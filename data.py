@@ -126,7 +126,7 @@ SUFFIXES = frozenset(  # .png, .jpg, .jfif, .webp, ...; .mpo is opened by the re
 class Split:
     """The training or the test images of a set."""
 
-    images: Any  # uint8 (N, C, S, S), maybe a read-only np.memmap; before `decode` also paths
+    images: np.ndarray  # uint8 (N, C, S, S), maybe a read-only memmap; before `decode` also paths
     labels: np.ndarray | None  # (N,), int64 after `load`; None: unlabelled
     groups: np.ndarray | None  # likewise, equal for images of one source picture or patient
     class_names: list[str]
@@ -491,7 +491,7 @@ def read_folder(name: str, folder: Path) -> Found:
         mine = [k for k, p in enumerate(pictures) if p.split == split]
         if not mine:
             fail(f"{folder} has no {split} images of {name}: the layouts are at the top of data.py")
-        paths = [folder / pictures[k].file for k in mine]
+        paths = np.array([folder / pictures[k].file for k in mine])
         labels = np.array([classes.index(pictures[k].label) for k in mine]) if classes else None
         groups = numbers[mine] if pictures[0].group else None
         splits.append(Split(paths, labels, groups, classes))
@@ -634,16 +634,21 @@ def decode_once(items: list, size: int, channels: int, what: str, cache: Path) -
         return np.stack(list(decode(items, size, channels, what)))
 
 
-def sample(labels: np.ndarray | None, n: int, limit: int, seed: int) -> np.ndarray:
-    """Sorted indices of a seeded sample of `limit` of n images, 0 being all of them, as equal over
-    the classes as they allow."""
+def sample(split: Split, limit: int, seed: int) -> Split:
+    """A seeded sample of `limit` images in their order, 0 being all of them, as equal over the
+    classes as they allow."""
+    labels, groups = split.labels, split.groups
+    n = len(split.images)
     order = np.random.default_rng(mix_seed(seed)).permutation(n)
     if limit and labels is not None:  # first one image of each class, then a second of each, ...
         turn = np.empty(n, np.int64)
         for label in np.unique(labels):
             turn[labels[order] == label] = np.arange((labels == label).sum())
         order = order[np.argsort(turn, kind="stable")]
-    return np.sort(order[: limit or n])
+    index = np.sort(order[: limit or n])
+    labels = None if labels is None else labels[index].astype(np.int64)
+    groups = None if groups is None else groups[index].astype(np.int64)
+    return Split(split.images[index], labels, groups, split.class_names)
 
 
 def load(
@@ -658,31 +663,25 @@ def load(
     *splits, left_out = open_set(name, Path(data_dir))
     title = Path(name).resolve().name
     classes = len(splits[0].class_names)
-    counts = " + ".join(f"{len(split.images):,}" for split in splits)
-    line = f"{title}: {counts} images (train + test), {classes or 'no'} classes"
+    found = [len(split.images) for split in splits]
+    line = f"{title}: {found[0]:,} + {found[1]:,} images (train + test), {classes or 'no'} classes"
     print(line + left_out, flush=True)
-    chosen = [sample(split.labels, len(split.images), limit, seed) for split in splits]
-    used = [len(index) for index in chosen]
-    if sum(used) < sum(len(split.images) for split in splits):
+    train, test = (sample(split, limit, seed) for split in splits)
+    used = [len(train.images), len(test.images)]
+    if used != found:
         print(f"a sample of {used[0]:,} + {used[1]:,} of them is used")
     if 0 < limit < classes:
         print(f"--limit {limit} is below the {classes} classes: some have no image")
-    groups = splits[0].groups
-    units = chosen[0] if groups is None else groups[chosen[0]]
+    units = range(used[0]) if train.groups is None else train.groups
     if classes and len(set(units)) == 1:  # said now, not after hours of training
         fail(f"{title}: all training images are of one source or patient, and the probe needs two")
-    items = [split.images[k] for split, index in zip(splits, chosen) for k in index]
+    items = [*train.images, *test.images]
     try:
         images = decode_once(items, size, channels, title, Path(data_dir, "cache"))
     except Unreadable as error:
         fail(str(error))
-    parts = images[: len(chosen[0])], images[len(chosen[0]) :]
-    loaded = []
-    for split, index, part in zip(splits, chosen, parts):
-        labels = None if split.labels is None else split.labels[index].astype(np.int64)
-        groups = None if split.groups is None else split.groups[index].astype(np.int64)
-        loaded.append(Split(part, labels, groups, split.class_names))
-    return tuple(loaded)
+    train.images, test.images = images[: used[0]], images[used[0] :]
+    return train, test
 
 
 def set_facts(name: str) -> Facts:

@@ -255,12 +255,10 @@ def search(encoder: nn.Module, split: Split, device: torch.device, classes: int)
     Each t is scored by a ridge classifier, cross-validated in the same folds. `explained` is R^2 of
     the one-hot labels on held-out images: smooth in t, where accuracy jumps by chance.
     """
-    n = min(3_000, max(800, len(split.images) // 12))
-    index = sample(split.labels, len(split.images), n, 0)
-    images = split.images[index]
-    groups = None if split.groups is None else split.groups[index]
-    folds = torch.from_numpy(make_folds(len(index), groups)).to(device)
-    labels = torch.from_numpy(split.labels[index]).to(device)
+    split = sample(split, min(3_000, max(800, len(split.images) // 12)), seed=0)
+    n = len(split.images)
+    folds = torch.from_numpy(make_folds(n, split.groups)).to(device)
+    labels = torch.from_numpy(split.labels).to(device)
     y = F.one_hot(labels, classes).float()  # (n, K)
     y = y - y.mean(0)
     rows: list[dict] = []
@@ -269,7 +267,7 @@ def search(encoder: nn.Module, split: Split, device: torch.device, classes: int)
     while step >= FINEST:
         for t in times:
             start = time.monotonic()
-            x = encode(encoder, images, t, device, f"v_{t}")
+            x = encode(encoder, split.images, t, device, f"v_{t}")
             x = standardise(x, x)[0].float()
             guess = torch.empty_like(y)
             for fold in folds.unique():
@@ -277,9 +275,9 @@ def search(encoder: nn.Module, split: Split, device: torch.device, classes: int)
                 guess[held] = x[held] @ ridge(x[~held], y[~held])
             accuracy = 100 * (guess.argmax(1) == labels).double().mean().item()
             explained = 1 - ((guess - y).square().sum() / y.square().sum()).item()
-            row = {"t": t, "images": len(index), "accuracy": accuracy, "explained": explained}
+            row = {"t": t, "images": n, "accuracy": accuracy, "explained": explained}
             rows.append({**row, "seconds": time.monotonic() - start})
-            print(f"{t:>4}  {len(index):6,}  {accuracy:8.2f}  {explained:9.4f}", flush=True)
+            print(f"{t:>4}  {n:6,}  {accuracy:8.2f}  {explained:9.4f}", flush=True)
         best = choose(rows, "explained")["t"]
         step //= 2
         times = [t for t in (best - step, best + step) if 0 <= t < T]

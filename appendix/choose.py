@@ -138,12 +138,11 @@ def few_labels(
     """Accuracy of a ridge classifier with few labelled images, on v_t, on that of an encoder with
     random weights, and on raw pixels: rows {features, each, accuracy, std, draws} on 4,000 test
     images at most. Features are standardised by all images ever drawn, which takes no label."""
-    train, test = splits
+    train, test = splits[0], sample(splits[1], TESTED, seed=0)
     each, draws = draw_few(train.labels)
     pool = np.unique(np.concatenate(draws))
-    index = sample(test.labels, len(test.images), TESTED, 0)
-    images = train.images[pool], test.images[index]
-    y, y_test = (torch.from_numpy(x).to(device) for x in (train.labels, test.labels[index]))
+    images = train.images[pool], test.images
+    y, y_test = (torch.from_numpy(split.labels).to(device) for split in (train, test))
     encoders = {"v": model.encoder, "random": probe.untrained_encoder(settings, random=True)}
     encoders["pixels"] = probe.Pixels()
     rows = []

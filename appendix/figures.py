@@ -275,7 +275,7 @@ class Embedder:
         self.encoder, self.device = model.encoder, device
         where = (settings["size"], settings["channels"], Path(settings["data_dir"]))
         split, self.test = load(settings["data"], *where)
-        self.images = split.images[sample(split.labels, len(split.images), STATISTICS, 0)]
+        self.images = sample(split, STATISTICS, seed=0).images
 
     def features(self, index: np.ndarray, t: int) -> Tensor:
         """v_t of the test images at `index`, standardised: (N, V) fp32 on the CPU."""

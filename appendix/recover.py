@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def choose(split: Split, n: int) -> np.ndarray:
         """A seeded sample of n images, as equal over the classes as can be."""
-        return np.array(split.images[sample(split.labels, len(split.images), n, seed)])
+        return sample(split, n, seed).images
 
     x0 = to_float(torch.from_numpy(choose(test_split, typed.get("n", 16))).to(device))
     if mode == "swap":

@@ -371,9 +371,8 @@ def test_features_are_standardised_by_a_sample_of_training_images(probed, monkey
     embedder = figures.Embedder(figures.read_run(probed), CPU)
     model, _ = train.load_model(probed)
     for split in data.load("set", 8, 3, probed.parent.parent / "data"):
-        vectors.append(probe.encode(model.encoder, split.images, 400, CPU, "").float())
-        if len(vectors) == 1:
-            vectors[0] = vectors[0][data.sample(split.labels, 40, 20, 0)]
+        images = split.images if vectors else data.sample(split, 20, 0).images
+        vectors.append(probe.encode(model.encoder, images, 400, CPU, "").float())
     std = vectors[0].std(0, correction=0)
     want = (vectors[1][index] - vectors[0].mean(0)) / std
     wide = std > std.median()  # half precision blurs the narrow ones
