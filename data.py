@@ -757,12 +757,9 @@ def get_batch(
     Images that stayed on the host go through pinned memory, so that the copy runs while the device
     is still busy with the step before.
     """
-    if images.device == device:
-        x = images[index]
-    else:
-        shape = (len(index), *images.shape[1:])
-        x = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        x = torch.index_select(images, 0, index, out=x).to(device, non_blocking=True)
+    x = images.index_select(0, index)  # copies whole rows, which images[index] does not
+    if images.device != device:
+        x = x.pin_memory().to(device, non_blocking=True)
     x = to_float(x)
     if flips is not None:
         x = torch.where(flips[:, None, None, None], x.flip(-1), x)

@@ -111,7 +111,7 @@ def test_every_compared_method_stays_on_the_device(method):
     assert mode.calls > 100
 
 
-def test_batches_that_do_not_fit_the_device_are_copied_as_bytes():
+def test_batches_that_do_not_fit_the_device_are_copied_as_bytes(monkeypatch):
     """On `meta` in place of a GPU: the batch leaves the host as uint8, and flips stay with it."""
     images, copied = torch.zeros(10, 1, 4, 4, dtype=torch.uint8), []
 
@@ -121,6 +121,7 @@ def test_batches_that_do_not_fit_the_device_are_copied_as_bytes():
                 copied.append((args[0].dtype, kwargs.get("non_blocking")))
             return func(*args, **(kwargs or {}))
 
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)  # it needs a GPU
     with Copies():
         flips = torch.zeros(4, dtype=torch.bool, device="meta")
         x = data.get_batch(images, torch.arange(4), META, flips)

@@ -969,17 +969,12 @@ def test_a_batch_is_float_and_mirrored_exactly_where_asked():
 
 def test_images_on_the_host_go_through_pinned_memory(monkeypatch):
     images = torch.from_numpy(RNG.integers(0, 256, (8, 1, 4, 4), np.uint8))
-    empty, pinned, moved = torch.empty, [], []
-
-    def fake_empty(*args, pin_memory, **how):
-        pinned.append(pin_memory)
-        return empty(*args, **how)
-
-    monkeypatch.setattr(torch, "empty", fake_empty)
-    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, **how: moved.append(how) or x)
+    pinned, moved = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.copy_(x))
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, **how: moved.append((x, how)) or x)
     x = data.get_batch(images, torch.tensor([3, 1]), torch.device("cuda", 0))
     assert torch.equal(x, data.to_float(images[[3, 1]]))
-    assert pinned == [True] and moved == [{"non_blocking": True}]
+    assert len(moved) == 1 and moved[0][0] is pinned and moved[0][1] == {"non_blocking": True}
 
 
 def test_images_move_to_a_gpu_where_they_fit_into_half_of_it_else_none_is_copied(
