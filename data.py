@@ -231,8 +231,7 @@ def extract(path: Path, folder: Path) -> None:
     if path.suffix.lower() == ".zip":
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-            for member in progress(members, what, len(members), "files"):
-                archive.extract(member, folder)
+            archive.extractall(folder, progress(members, what, len(members), "files"))
         return
     if not hasattr(tarfile, "data_filter"):
         fail(
