@@ -46,7 +46,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from torch import Tensor
 
 warnings.filterwarnings("ignore", module="PIL")  # of odd metadata, and of images that are large
@@ -104,8 +104,7 @@ PATTERNS = {  # where the images of a set lie; root is whatever the archive's ma
 }
 TRAIN = ("train", "training")  # names of a split's folder
 TEST = ("test", "testing", "val", "valid", "validation")
-ORIENTATION = 0x0112  # the tag of EXIF; what its value asks a viewer to do with the picture
-UPRIGHT = {
+UPRIGHT = {  # what EXIF's orientation asks a viewer to do with the picture
     2: Image.FLIP_LEFT_RIGHT,
     3: Image.ROTATE_180,
     4: Image.FLIP_TOP_BOTTOM,
@@ -534,7 +533,7 @@ def read_picture(path: Path) -> tuple[Image.Image, int | None, bool]:
             file.load()
             turn = None
             with suppress(Exception):  # ImageOps.exif_transpose trips over other, odd tags
-                turn = UPRIGHT.get(file.getexif().get(ORIENTATION))
+                turn = UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation))
             image = file.copy() if turn is None else file.transpose(turn)
     except Image.DecompressionBombError:
         raise Unreadable(f"{path} is too large to decode: shrink it") from None
