@@ -65,7 +65,6 @@ FEW = 5_000  # with fewer training images one tenth is too small a sample to cho
 PIXELS = 32  # raw pixels are compared at 32 x 32 at most: 256 x 256 are 196,608 weights a class
 NEIGHBOURS = 20
 BLOCK = 250  # images encoded at once, of up to 64 x 64 pixels; of larger ones as many pixels
-FLOORS = ("untrained", "random")
 STEP, FINEST = 125, 15  # --t auto: spacing of the first t, smallest distance of the last
 RIDGE = 100.0  # ridge penalty |w|^2 of --t auto; the more images, the less it matters
 
@@ -487,8 +486,8 @@ def main(argv: list[str] | None = None) -> None:
         what = f"--limit {limit} leaves" if limit else f"{name} has training"
         fail(f"{what} images of one class, and a probe needs two classes")
     protocol |= {"classes": classes, "step": saved["step"]}
-    floors = {"pixels": Pixels()}
-    floors |= {kind: untrained_encoder(settings, kind == "random") for kind in FLOORS}
+    floors = {"pixels": Pixels(), "untrained": untrained_encoder(settings, random=False)}
+    floors["random"] = untrained_encoder(settings, random=True)
 
     seen = saved["step"] * settings["batch_size"] / settings["images"]
     result = {"name": str(folder.relative_to(RUNS)), "seed": settings["seed"], "epochs": seen}
