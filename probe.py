@@ -443,9 +443,9 @@ def standard_protocol(settings: dict) -> dict:
 def result_path(folder: Path, typed: dict, standard: dict) -> Path:
     """probe.json for the standard sweep; a flag unlike its default adds its name and value."""
     words = ["probe"]
-    for key in ("t", "data", "limit", "norm", "epochs", "lr", "weights"):
-        if key in typed and typed[key] != standard[key]:
-            value = typed[key]
+    for key, default in standard.items():
+        value = typed.get(key, default)
+        if value != default:
             values = value if isinstance(value, list) else [value]
             words += [key, file_word("-".join(map(str, values)))]
     return folder / ("-".join(words) + ".json")
