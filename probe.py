@@ -167,8 +167,7 @@ def train_heads(
     total, warmup = epochs * steps, min(WARMUP, epochs) * steps
     for epoch in progress(range(epochs), "linear classifiers", epochs, "epochs"):
         order = torch.randperm(n, generator=generator).to(x.device)
-        for step in range(steps):
-            index = order[step * batch : (step + 1) * batch]
+        for step, index in enumerate(order[: steps * batch].split(batch)):
             rate = learning_rate(epoch * steps + step, total, warmup, peak)
             optimizer.param_groups[0]["lr"] = rate
             rows = x.index_select(0, index)  # copies whole rows, which x[index] does not
