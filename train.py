@@ -804,14 +804,14 @@ def main(argv: list[str] | None = None) -> None:
     describe(settings, counts, folder, "preset" not in typed and not saved)
     if dry_run:
         print(json.dumps({**settings, "parameters": counts}))
-    else:
+        return
+    if not saved:
         command = ["train.py", *(sys.argv[1:] if argv is None else argv)]
-        run(settings, folder, saved, before, command)
+        settings["origin"] = origin(command, settings["device"])
+    run(settings, folder, saved, before)
 
 
-def run(
-    settings: dict, folder: Path, saved: dict | None, before: int | None, command: list[str]
-) -> None:
+def run(settings: dict, folder: Path, saved: dict | None, before: int | None) -> None:
     """Load the data, train, say what comes next. Exits where a resumed run's data is another, or
     where the checkpoint is no longer that of the time `before`."""
     rank, processes, local = ranks()
@@ -832,8 +832,7 @@ def run(
     done = saved["step"] * settings["batch_size"] / len(split.images) if saved else 0
     if done >= settings["epochs"]:
         fail(f"{folder} has done {done:.4g} epochs: give more with --epochs")
-    settings = {"origin": origin(command, settings["device"]), **settings, **found}  # or as saved
-    settings["launch"] = this_launch()
+    settings = {**settings, **found, "launch": this_launch()}
     with claim(folder, rank):
         if rank == 0:
             if written_at(folder) != before:  # while this one read the data

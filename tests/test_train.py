@@ -587,7 +587,7 @@ def test_only_rank_0_looks_for_a_run_at_the_end(folder, monkeypatch):
     monkeypatch.setattr(train, "ranks", lambda: (1, 2, 1))
     for name in ("barrier", "destroy_process_group"):
         monkeypatch.setattr(train.dist, name, lambda: None)
-    train.run({**settings, "patch": 2}, train.RUNS / "set", None, None, ["train.py"])
+    train.run({**settings, "patch": 2}, train.RUNS / "set", None, None)
     assert not train.RUNS.exists()
 
 
