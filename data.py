@@ -670,8 +670,7 @@ def load(
         print(f"a sample of {used[0]:,} + {used[1]:,} of them is used")
     if 0 < limit < classes:
         print(f"--limit {limit} is below the {classes} classes: some have no image")
-    units = range(used[0]) if train.groups is None else train.groups
-    if classes and len(set(units)) == 1:  # said now, not after hours of training
+    if not limit and train.groups is not None and len(set(train.groups)) == 1:
         fail(f"{title}: all training images are of one source or patient, and the probe needs two")
     items = [*train.images, *test.images]
     try:

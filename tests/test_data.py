@@ -567,7 +567,6 @@ def test_a_limit_is_a_seeded_sample_equal_over_the_classes(capsys):
         assert np.array_equal(load("mnist", 28, 1, limit)[0].labels, labels)
     out = capsys.readouterr().out
     assert "below" not in out and out.count("a sample of ") == out.count("41 + 41 of them is used")
-    assert "are of one source or patient" in fails(capsys, load, "mnist", 28, 1, 1)
     load("mnist", 28, 1, limit=9)
     out = capsys.readouterr().out
     assert "--limit 9 is below the 10 classes" in out and "a sample of 9 + 9 of them is used" in out
