@@ -72,8 +72,8 @@ ROW_STEPS = 20  # a row of the log for each of the first 20 steps, then for ever
 # then gradient norm, steps where it was finite, steps where it was not, votes to stop.
 NORM, FINITE, SKIPPED, STOP = 20, 21, 22, 23
 SUMS = 24  # their number
-# What torchrun tells each process: three numbers, then where they meet.
-WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# What torchrun tells each process: who it is, and where they all meet.
+WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
 
 # ---------------------------------------------------------------------------- the step
 
@@ -210,7 +210,9 @@ def ranks() -> tuple[int, int, int]:
         return 0, 1, 0
     try:
         told = [os.environ[key] for key in WORLD]
-        rank, processes, local = (int(number) for number in told[:3])
+        rank, processes, local, _ = (int(number) for number in told[:4])
+        if not 0 <= rank < processes:
+            raise ValueError
     except (KeyError, ValueError):
         os.environ["LOCAL_RANK"] = "0"  # whichever process it is, it says so
         fail(f"{', '.join(WORLD)} are not set as by torchrun: start with it, or unset them")
@@ -469,7 +471,7 @@ def restore(part: Any, state: dict) -> None:
     """part.load_state_dict(state); exits where a checkpoint's weights have other sizes."""
     try:
         part.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = textwrap.shorten(str(error), 100)
         fail(f"the checkpoint does not fit its own settings ({reason}): train anew")
 
@@ -768,8 +770,9 @@ def guard(main: Callable[[], None]) -> None:
             fail(f"out of memory ({what}): try --accum 2 or more, or a smaller --batch-size")
         if "C++ compiler" in text or "C compiler" in text:  # for a CPU, for a GPU
             fail("--compile needs a compiler here: install gcc and g++, or leave --compile out")
-        if dist.is_initialized() and ("gloo" in text or "NCCL" in text):
-            fail(f"another process ended ({text[:80]}); the last checkpoint stays")
+        talks = dist.is_initialized() and ("gloo" in text or "NCCL" in text)
+        if talks or isinstance(error, dist.DistError):
+            fail(f"another process is not to be reached ({text[:80]}); the last checkpoint stays")
         raise
 
 
@@ -780,6 +783,8 @@ def main(argv: list[str] | None = None) -> None:
     if name is None and ("data" in typed or not resume):
         name = Path(typed.get("data", DEFAULTS["data"])).resolve().name
     folder = find_run(name) if resume else run_folder(name)
+    if folder.parent == RUNS / "baselines":
+        fail(f"{folder.parent} has the runs of tables: python -m appendix.baselines trains there")
     device = typed.get("device", "auto")
     if resume and device == "auto":  # it goes on where it was
         device = read_config(folder).get("device", device)
@@ -824,10 +829,12 @@ def run(settings: dict, folder: Path, saved: dict | None, before: int | None) ->
     found = {"images": len(split.images), "class_names": split.class_names}
     known = {key: settings.get(key, value) for key, value in found.items()}
     if found != known:
+        changed = sorted({*found["class_names"]} ^ {*known["class_names"]})
+        unlike = f" (unlike: {changed[0]})" if changed else ""
         fail(
             f"{settings['data']} has {found['images']:,} images of {len(found['class_names'])} "
             f"classes, but {folder} was trained on {known['images']:,} of "
-            f"{len(known['class_names'])}: give that --data, or another --name"
+            f"{len(known['class_names'])}{unlike}: give that --data, or another --name"
         )
     done = saved["step"] * settings["batch_size"] / len(split.images) if saved else 0
     if done >= settings["epochs"]:

@@ -265,6 +265,17 @@ def refuse_other(folder: Path, settings: dict) -> None:
             )
 
 
+def finished(path: Path) -> dict | None:
+    """The JSON file that a finished stage or cell has left, None where there is none; exits with
+    one line where it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        fail(f"{path} cannot be read ({error}): delete {path.parent}, and it is made again")
+
+
 def train_run(table: Table, settings: dict, folder: Path, share: float) -> None:
     """Train the method of the settings for a share of their epochs, or go on with its run in that
     folder. Exits after saving where a signal stops it."""
@@ -308,8 +319,9 @@ def run_stage(table: Table, settings: dict, folder: Path, share: float) -> dict:
     """Train a run up to a share of its epochs and probe it there, or read that from its folder:
     {epochs, images_seen, seconds} and `scores`."""
     path = folder / f"stage-{share:g}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    done = finished(path)
+    if done:
+        return done
     train_run(table, settings, folder, share)
     net, saved = train.load_model(folder, METHODS[settings["method"]][0])
     result = probe_encoder(table, settings, net.encoder, saved["step"])
@@ -393,8 +405,9 @@ def run_cell(table: Table, settings: dict) -> dict:
     settings = {**settings, "lr": float(next(iter(rates)))}
     folder = table.folder(settings)
     path = folder / "cell.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    done = finished(path)
+    if done:
+        return done
     curve = [run_stage(table, settings, folder, share) for share in STAGES]
     net, saved = train.load_model(folder, METHODS[name][0])
     cell = {"method": name, "seed": seed, "lr": settings["lr"], "rates": rates}
@@ -402,7 +415,7 @@ def run_cell(table: Table, settings: dict) -> dict:
     cell |= {"encoder_parameters": count_parameters(net.encoder), **table.origin}
     earlier = 0
     if name in READERS:
-        cell["tokenizer"] = json.loads((tokenizer_run(table, settings) / "cell.json").read_text())
+        cell["tokenizer"] = finished(tokenizer_run(table, settings) / "cell.json")
         earlier = cell["tokenizer"]["flops"]
         cell["seconds"] += cell["tokenizer"]["seconds"]
         cell["flops"] += earlier
@@ -421,8 +434,9 @@ def run_floor(table: Table, settings: dict) -> dict:
     """Probe a floor, or read its cell from its folder."""
     settings = {**settings, "lr": None}
     path = table.folder(settings) / "cell.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    done = finished(path)
+    if done:
+        return done
     encoder = floor_encoder(settings["method"], settings, table.probed[0])
     cell = {"method": settings["method"], "seed": settings["seed"]}
     cell["encoder_parameters"] = count_parameters(encoder)
@@ -489,7 +503,7 @@ def write_table(table: Table, common: dict) -> list[dict]:
         run, _, seed = path.parent.name.rpartition("-")
         if run in known and seed.isdecimal():
             refuse_other(path.parent, shared)
-            cells.append((names.index(known[run]), int(seed), json.loads(path.read_text())))
+            cells.append((names.index(known[run]), int(seed), finished(path)))
     cells = [cell for _, _, cell in sorted(cells, key=lambda found: found[:2])]
     rows = make_rows(cells, common["data"])
     times = ", ".join(map(str, TIMES))
@@ -518,7 +532,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the cells that are not there yet, and print the table."""
+    """Run the cells that are not there yet, and print the table; a loss that is not finite ends its
+    own cell, and the command with status 2 after all others."""
     argv = sys.argv[1:] if argv is None else argv
     typed = vars(build_parser().parse_args(argv))
     if train.ranks()[1] > 1:
@@ -541,19 +556,26 @@ def main(argv: list[str] | None = None) -> None:
     command = train.origin(["-m", "appendix.baselines", *argv], common["device"])
     table = Table(out, split, probed, common["epochs"], command)
     write_table(table, common)  # where it cannot be written, nothing is trained
+    ended = []  # cells whose loss was not finite; the others do not wait for them
     for seed in range(seeds):
         for method in methods:
             if seed and method in SEEDLESS:
                 continue
             print(f"\n=== {method}, seed {seed}", flush=True)
             settings = {**common, "method": method, "seed": seed}
-            if method == "tokenizer":
-                tokenizer_run(table, settings)
-            else:
-                (run_floor if method in FLOORS else run_cell)(table, settings)
+            try:
+                if method == "tokenizer":
+                    tokenizer_run(table, settings)
+                else:
+                    (run_floor if method in FLOORS else run_cell)(table, settings)
+            except train.NotFinite:
+                ended.append(f"{method} with seed {seed}")
             write_table(table, common)
     print_rows(write_table(table, common))
     print(f"saved: {out}")
+    if ended:
+        print(f"without a result, as the loss was not finite: {', '.join(ended)}")
+        raise SystemExit(2)
 
 
 if __name__ == "__main__":

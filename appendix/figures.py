@@ -217,6 +217,8 @@ def figure_6(runs: list[Run], path: Path) -> None:
 def figure_table(path: Path) -> None:
     """Accuracy against FLOPs of training for each method of a table, means over its seeds, and its
     floors as dashed lines; written beside the table's file."""
+    if path.suffix == ".png":  # the picture's own name
+        fail(f"{path}: a table's file does not end in .png: rename it")
     try:
         table = json.loads(path.read_text())
         rows, cells = table["rows"], table["cells"]

@@ -387,7 +387,7 @@ def test_a_cell_leaves_what_train_and_probe_leave(tiny, folder, capsys):
         check_cell(cell, run)
     assert "no run in runs" in fails(capsys, probe.main, [])  # baselines are not DiER's newest run
     name = ["--name", "baselines/set-mae-0"]
-    assert "is a run of mae" in fails(capsys, train.main, [*name, "--resume"])
+    assert "has the runs of tables" in fails(capsys, train.main, [*name, "--resume"])
     assert "is a run of mae" in fails(capsys, probe.main, name)
 
 
@@ -653,6 +653,39 @@ def test_bad_input_is_one_line_and_nothing_is_trained(typed, words, tiny, folder
     given = typed if "--data" in typed else [*typed, "--data", folder]
     assert words in fails(capsys, train.guard, lambda: baselines.main(given))
     assert not train.RUNS.exists()
+
+
+def test_a_cell_that_cannot_be_read_is_one_line(tiny, folder, capsys):
+    command = ["--data", folder, "--method", "pixels"]
+    baselines.main(command)
+    (RUNS / "set-pixels-0/cell.json").write_text("")  # as a power cut may leave it
+    error = fails(capsys, baselines.main, command)
+    assert f"{RUNS}/set-pixels-0/cell.json cannot be read (Expecting value" in error
+    assert f"delete {RUNS}/set-pixels-0, and it is made again" in error
+
+
+def test_a_loss_that_is_not_finite_ends_its_own_cell_alone(tiny, folder, capsys, monkeypatch):
+    monkeypatch.setattr(baselines, "screen_rates", lambda *_: {"0.001": 50.0})
+    build, loss_fn = baselines.METHODS["mae"]
+    broken = {**baselines.METHODS, "mae": (build, lambda *args: loss_fn(*args) * math.nan)}
+    monkeypatch.setattr(baselines, "METHODS", broken)
+    command = ["--data", folder, "--method", "mae", "pixels", "--seeds", "2"]
+    with pytest.raises(SystemExit) as stop:
+        baselines.main(command)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.err.count("the loss is not finite") == 2
+    assert said.out.endswith("the loss was not finite: mae with seed 0, mae with seed 1\n")
+    assert [row["method"] for row in read(RUNS / "set.json")["rows"]] == ["pixels"]
+
+
+def test_train_py_leaves_the_runs_of_tables_alone(tiny, folder, capsys, monkeypatch):
+    monkeypatch.setattr(baselines, "screen_rates", lambda *_: {"0.001": 50.0})
+    baselines.main(["--data", folder, "--method", "dier"])
+    before = {path: path.read_bytes() for path in RUNS.rglob("*") if path.is_file()}
+    for flags in (["--resume", "--epochs", "9"], ["--data", folder]):
+        error = fails(capsys, train.main, ["--name", "baselines/set-dier-0", *flags])
+        assert "runs/baselines has the runs of tables: python -m appendix.baselines" in error
+    assert before == {path: path.read_bytes() for path in RUNS.rglob("*") if path.is_file()}
 
 
 def test_a_table_is_refused_under_torchrun(tiny, folder, monkeypatch, capsys):

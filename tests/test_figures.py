@@ -385,14 +385,14 @@ def test_features_are_standardised_by_a_sample_of_training_images(probed, monkey
 
 def test_several_runs_go_to_results_in_a_grid(probed, tmp_path, monkeypatch):
     write_folder(tmp_path / "more", per_class=10, classes=3)
-    train_and_probe(monkeypatch, "baselines/more", "more")
+    train_and_probe(monkeypatch, "others/more", "more")
     monkeypatch.setattr(figures, "TIMES", [0, 400, 999])
-    figures.main(["--name", "set", "baselines/more", "--limit", "15", "--device", "cpu"])
+    figures.main(["--name", "set", "others/more", "--limit", "15", "--device", "cpu"])
     assert not drawn(probed) and drawn(tmp_path / "results") == [
         "fig4.png",
         "fig5.png",
         "fig6.png",
-        f"fig7-{probe.file_word('baselines/more')}.png",
+        f"fig7-{probe.file_word('others/more')}.png",
         "fig7-set.png",
     ]
     wide = Image.open(tmp_path / "results/fig5.png")
@@ -562,3 +562,6 @@ def test_a_table_is_drawn_with_a_line_a_method_and_its_floors(tmp_path, monkeypa
     for text, words in (("[]", "no table of appendix"), ('{"rows": [], "cells": []}', "no method")):
         path.write_text(text)
         assert words in fails(capsys, figures.main, ["--table", str(path)])
+    own = path.rename(tmp_path / "table.png")  # the picture would take its place
+    assert "does not end in .png" in fails(capsys, figures.main, ["--table", str(own)])
+    assert own.read_text() == text

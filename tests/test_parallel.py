@@ -165,7 +165,7 @@ def test_a_resumed_run_meets_on_the_device_it_had(folder, monkeypatch):
 
 
 def test_more_processes_than_gpus_get_one_line(monkeypatch, capsys):
-    for key, value in zip([*train.WORLD, "LOCAL_WORLD_SIZE"], ("0", "3", "0", "a", "1", "3")):
+    for key, value in zip([*train.WORLD, "LOCAL_WORLD_SIZE"], ("0", "3", "0", "1", "a", "3")):
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -179,7 +179,10 @@ def test_more_processes_than_gpus_get_one_line(monkeypatch, capsys):
         ({}, (0, 1, 0)),
         ({"RANK": "1", "LOCAL_RANK": "1"}, (0, 1, 0)),  # of another program
         ({"RANK": "", "WORLD_SIZE": ""}, (0, 1, 0)),
-        (dict(zip(train.WORLD, ("3", "4", "1", "localhost", "29500"))), (3, 4, 1)),
+        (dict(zip(train.WORLD, ("3", "4", "1", "29500", "localhost"))), (3, 4, 1)),
+        (dict(zip(train.WORLD, ("4", "4", "1", "29500", "localhost"))), None),
+        (dict(zip(train.WORLD, ("0", "-4", "0", "29500", "localhost"))), None),
+        (dict(zip(train.WORLD, ("3", "4", "1", "port", "localhost"))), None),
         (dict(zip(train.WORLD, ("3", "4", "1"))), None),  # nowhere to meet
         ({"WORLD_SIZE": "2"}, None),
         ({"WORLD_SIZE": "x", "RANK": "0", "LOCAL_RANK": "1"}, None),

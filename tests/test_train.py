@@ -434,6 +434,12 @@ def test_resume_finds_data_that_moved_and_refuses_data_that_changed(folder, tmp_
         path.unlink()
     error = fails(capsys, resume, "set", "--epochs", "6")
     assert "moved has 60 images" in error or "40" in error
+    write_folder(tmp_path / "names")
+    run("--data", "names", "--epochs", "2")
+    for split in ("train", "test"):
+        (tmp_path / f"names/{split}/class1").rename(tmp_path / f"names/{split}/other")
+    error = fails(capsys, resume, "names", "--epochs", "6")
+    assert "40 images of 2 classes, but runs/names was trained on 40 of 2 (unlike: class1)" in error
     # with --data typed and no --name the run is that set's, never the newest
     write_folder(tmp_path / "other")
     error = fails(capsys, train.main, ["--data", "other", "--resume"])
@@ -548,13 +554,15 @@ def foreign(path, kind):
     elif kind == "older settings":
         del saved["settings"]["lr"]
         torch.save(saved, path)
+    elif kind == "no weights":
+        torch.save({**saved, "raw": None, "ema": None}, path)
     else:
         saved["settings"]["hidden"] = 32
         torch.save(saved, path)
 
 
 KINDS = ["empty", "cut", "pickle", "state_dict", "list", "text", "no settings", "older settings"]
-KINDS += ["other sizes"]
+KINDS += ["no weights", "other sizes"]
 
 
 def test_a_foreign_or_damaged_checkpoint_is_one_line(folder, capsys):
@@ -566,7 +574,8 @@ def test_a_foreign_or_damaged_checkpoint_is_one_line(folder, capsys):
         foreign(path, kind)
         for command in (resume, lambda name, *_: probe.main(["--name", name])):
             error = fails(capsys, command, "set", "--epochs", "9")
-            words = "does not fit its own settings" if kind == "other sizes" else "set/check"
+            inside = kind in ("no weights", "other sizes")
+            words = "does not fit its own settings" if inside else "set/check"
             assert words in error and "train a" in error, kind
             assert ("(it is no checkpoint)" in error) == (kind == "text")
             assert not Path("bomb").exists()
@@ -654,6 +663,7 @@ CPU_MEMORY = (  # as torch says it
         (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "install gcc and g++"),
         (RuntimeError("numel: integer multiplication overflow"), "out of memory (numel"),
         (RuntimeError("Failed to find C compiler. Please specify via CC"), "install gcc and g++"),
+        (torch.distributed.DistNetworkError("EADDRINUSE"), "is not to be reached (EADDRINUSE)"),
         (OSError(28, "No space left on device"), "cannot write: No space left on device"),
         (PermissionError(13, "Permission denied", "runs/x"), "runs/x: Permission denied"),
     ],
