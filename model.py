@@ -9,8 +9,8 @@ vector has to tell the transformer what the noise has hidden. That this makes it
 paper's claim, which probe.py tests.
 
 At initialisation every residual branch and the output are zero, as in DiT: eps = 0, so the first
-loss is E[eps^2] = 1, and v does not depend on t. No gradient reaches the encoder in two steps: the
-first opens `out` alone, the second the `ada` layers, and only then does the output depend on v.
+loss is E[eps^2] = 1, and v does not depend on t. No gradient reaches the encoder in the first two
+steps: one opens `out` alone, the next the `ada` layers, and only then does the output depend on v.
 
 Shapes: B batch, C channels, H W pixels, N tokens, D width, E width of the time embedding,
 V = 1024 length of v.
@@ -185,8 +185,8 @@ class AttentionBlock(nn.Module):
 class Encoder(nn.Module):
     """v_t = Encoder(x_0, t), the time-dependent encoder of Fig. 3.
 
-    x_0 (B, C, H, W) in [-1, 1], t (B,) in 0..999 -> (B, V). v is linear in the pooled features (B,
-    base * mult[-1]), so its rank is at most that width, not 1024.
+    x_0 (B, C, H, W) in [-1, 1], t (B,) in 0..999 -> (B, V). v is affine in the pooled features (B,
+    base * mult[-1]): but for the head's bias its rank is at most that width, not 1024.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -368,10 +368,10 @@ class DiER(nn.Module):
 # train.py. `paper` is Table 4: 32 pixels for mnist, cifar10, cifar100; 64 for tiny-imagenet; 256
 # for bccd, oct2017. `cpu` is the same architecture at a size that a laptop trains in an hour or so:
 # few pixels, large patches, small batches, since steps count more than images in a short run. Two
-# bounds hold for every row. v has at most rank base x mult[-1], and the part of it that the DiT
-# reads at most rank `hidden`. If patch^2 x channels > hidden, a token cannot hold its patch's
-# noise, and the loss cannot fall below 1 - hidden / (patch^2 x channels): at hidden 128 digits take
-# patch 8 (64 numbers), colour patch 4 (48).
+# bounds hold for every row. But for biases v has at most rank base x mult[-1], and the part of it
+# that the DiT reads at most rank `hidden`. If patch^2 x channels > hidden, a token cannot hold its
+# patch's noise, and the loss cannot fall below 1 - hidden / (patch^2 x channels): at hidden 128
+# digits take patch 8 (64 numbers), colour patch 4 (48).
 
 # fmt: off
 COLUMNS = (

@@ -532,8 +532,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the cells that are not there yet, and print the table; a loss that is not finite ends its
-    own cell, and the command with status 2 after all others."""
+    """Run the cells that are not there yet, and print the table. A training that is not finite ends
+    its own cell, and after all others the command, with status 2."""
     argv = sys.argv[1:] if argv is None else argv
     typed = vars(build_parser().parse_args(argv))
     if train.ranks()[1] > 1:
@@ -556,7 +556,7 @@ def main(argv: list[str] | None = None) -> None:
     command = train.origin(["-m", "appendix.baselines", *argv], common["device"])
     table = Table(out, split, probed, common["epochs"], command)
     write_table(table, common)  # where it cannot be written, nothing is trained
-    ended = []  # cells whose loss was not finite; the others do not wait for them
+    ended = []  # cells whose training was not finite; the others go on
     for seed in range(seeds):
         for method in methods:
             if seed and method in SEEDLESS:
@@ -569,12 +569,13 @@ def main(argv: list[str] | None = None) -> None:
                 else:
                     (run_floor if method in FLOORS else run_cell)(table, settings)
             except train.NotFinite:
+                train.catch_signals()  # the training ended before it did this itself
                 ended.append(f"{method} with seed {seed}")
             write_table(table, common)
     print_rows(write_table(table, common))
     print(f"saved: {out}")
     if ended:
-        print(f"without a result, as the loss was not finite: {', '.join(ended)}")
+        print(f"without a result, as their training was not finite: {', '.join(ended)}")
         raise SystemExit(2)
 
 

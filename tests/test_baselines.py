@@ -670,11 +670,15 @@ def test_a_loss_that_is_not_finite_ends_its_own_cell_alone(tiny, folder, capsys,
     broken = {**baselines.METHODS, "mae": (build, lambda *args: loss_fn(*args) * math.nan)}
     monkeypatch.setattr(baselines, "METHODS", broken)
     command = ["--data", folder, "--method", "mae", "pixels", "--seeds", "2"]
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as stop:
+        m.setattr(probe, "encode", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        baselines.main(command)
+    assert stop.value.code == 130  # Ctrl-C ends what follows at once, no loop waits for it
     with pytest.raises(SystemExit) as stop:
         baselines.main(command)
     said = capsys.readouterr()
-    assert stop.value.code == 2 and said.err.count("the loss is not finite") == 2
-    assert said.out.endswith("the loss was not finite: mae with seed 0, mae with seed 1\n")
+    assert stop.value.code == 2 and said.err.count("the loss is not finite") == 3
+    assert said.out.endswith("training was not finite: mae with seed 0, mae with seed 1\n")
     assert [row["method"] for row in read(RUNS / "set.json")["rows"]] == ["pixels"]
 
 

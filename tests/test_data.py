@@ -551,6 +551,28 @@ def test_a_folder_has_the_row_of_its_median_shorter_side(sides, row):
     assert data.set_facts("set") == data.Facts(3, row, True)
 
 
+def test_a_limit_may_leave_one_patient():
+    """As it may leave one class: to see a network overfit two images needs no probe."""
+    write(
+        "data/oct2017",
+        {
+            f"{split}/{kind}/{kind}-7-1.jpeg": 1
+            for split, kind in itertools.product(("train", "test"), ("CNV", "DME"))
+        },
+    )
+    assert len(load("oct2017", channels=1, limit=2)[0].images) == 2
+
+
+def test_a_sample_keeps_labels_and_groups_beside_their_images():
+    k = np.arange(40)
+    split = data.Split(k[:, None, None, None], k % 2, k // 3, ["a", "b"])
+    for limit in (0, 9):
+        some = data.sample(split, limit, 0)
+        k = some.images.ravel()
+        assert len(k) == (limit or 40) and np.all(np.diff(k) > 0)
+        assert np.array_equal(some.labels, k % 2) and np.array_equal(some.groups, k // 3)
+
+
 def test_a_limit_is_a_seeded_sample_equal_over_the_classes(capsys):
     files, pixels, _ = mnist_files(n=200)
     labels = np.repeat([0, 1, 2, 3], [100, 60, 37, 3])

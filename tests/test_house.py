@@ -215,7 +215,7 @@ def test_accuracies_of_the_readme_are_those_of_the_records():
         seconds = (runs[0]["training"]["seconds"], runs[0]["seconds"])
         assert [training, probing] == [f"{s / 60:.0f}" for s in seconds], name
         assert published == (str(paper[name]) if name else ""), name
-    said = re.search(r"\(on one top-1 is (\S+)\),.* \(in fp32 (\S+)\)", text, re.DOTALL).groups()
+    said = re.search(r"\(on one, (\S+)\),.* \(in fp32 (\S+)\)", text, re.DOTALL).groups()
     again = [record(name)["test_top1"] for name in ("glyphs-one-thread", "mnist-fp32")]
     assert list(said) == [f"{top1:.2f}" for top1 in again]
     rows = [row for name in ("glyphs-fp32", "glyphs-one-thread") for row in record(name)["rows"]]
@@ -331,7 +331,7 @@ def test_the_search_for_t_and_few_labels_in_the_readme_are_as_recorded():
         record("few"),
     )
     numbers = r"(\S+), (\S+), (\S+)"
-    said = re.search(f"finds t = {numbers} on .* time .*, and {numbers} there", text).groups()
+    said = re.search(f"finds t = {numbers} in .* time .*, and {numbers} there", text).groups()
     assert list(said[:3]) == [str(found[name]["chosen_t"]) for name in names]
     assert list(said[3:]) == [f"{found[name]['test_top1']:.2f}" for name in names]
     said = re.search(f"the images' fine detail, {numbers}. Of", text).groups()

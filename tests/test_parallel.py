@@ -181,7 +181,7 @@ def test_more_processes_than_gpus_get_one_line(monkeypatch, capsys):
         ({"RANK": "", "WORLD_SIZE": ""}, (0, 1, 0)),
         (dict(zip(train.WORLD, ("3", "4", "1", "29500", "localhost"))), (3, 4, 1)),
         (dict(zip(train.WORLD, ("4", "4", "1", "29500", "localhost"))), None),
-        (dict(zip(train.WORLD, ("0", "-4", "0", "29500", "localhost"))), None),
+        (dict(zip(train.WORLD, ("-1", "4", "0", "29500", "localhost"))), None),
         (dict(zip(train.WORLD, ("3", "4", "1", "port", "localhost"))), None),
         (dict(zip(train.WORLD, ("3", "4", "1"))), None),  # nowhere to meet
         ({"WORLD_SIZE": "2"}, None),

@@ -579,6 +579,9 @@ def test_a_foreign_or_damaged_checkpoint_is_one_line(folder, capsys):
             assert words in error and "train a" in error, kind
             assert ("(it is no checkpoint)" in error) == (kind == "text")
             assert not Path("bomb").exists()
+    path.write_bytes(whole)
+    torch.save({**torch.load(path, weights_only=True), "optimizer": None}, path)
+    assert "does not fit its own settings" in fails(capsys, resume, "set", "--epochs", "9")
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_to_be_deleted(folder, monkeypatch, capsys):
