@@ -140,7 +140,7 @@ def test_a_run_learns_and_leaves_what_the_docstring_says(folder, capsys):
     assert "add --resume to go on, or choose another --name" in error
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("amp", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
 def test_half_precision_learns_on_a_cpu(folder, amp):
     run("--data", folder, "--epochs", "14", "--batch-size", "16", "--lr", "8e-3", "--amp", amp)
     log = rows("set")
@@ -243,7 +243,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(folder, capsys):
     assert checkpoint("set")["step"] == 10
 
 
-@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("resumed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_another_process_trained_while_the_images_were_read_stays(
     folder, monkeypatch, capsys, resumed
 ):
@@ -265,7 +265,7 @@ def test_what_another_process_trained_while_the_images_were_read_stays(
     assert json.loads((train.RUNS / "set/config.json").read_text())["epochs"] == 4
 
 
-@pytest.mark.parametrize("step", [24, 39])  # off a row, at a row
+@pytest.mark.parametrize("step", [pytest.param(24, marks=pytest.mark.slow), 39])  # 39: at a row
 def test_ctrl_c_saves_though_it_ends_the_reader_of_the_output_too(folder, monkeypatch, step):
     """As in `train.py 2>&1 | tee log`: neither the handler's line nor that of the row gets out."""
     ends = os.pipe()
@@ -644,6 +644,7 @@ def test_a_pipe_that_closes_while_a_process_trains_ends_it_quietly(folder, tmp_p
     assert child.stderr.read() == "" and child.wait() == 141
 
 
+@pytest.mark.slow
 def test_closed_streams_are_no_error(tmp_path):
     """The status is that of the flag: a traceback would leave 1."""
     command = f"exec {sys.executable} {ROOT}/train.py --epochs 0 >&- 2>&-"
