@@ -110,12 +110,12 @@ def ddim_step(
     noise: Tensor | None = None,
     clip: bool = False,
 ) -> Tensor:
-    """One step of Eq. 3.3: x_t, eps (B, C, H, W) -> x_prev (B, C, H, W); abar_prev = 1: the image.
+    """One step of Eq. 3.3: x_t, eps (B, C, H, W), scalars abar_t, abar_prev -> x_prev (B, C, H, W).
 
     x_prev = sqrt(abar_prev) x_0-hat + sqrt(1 - abar_prev - var) eps + sqrt(var) noise: Eq. 3.2 with
     another abar. eta = 0 is DDIM (var = 0), eta = 1 DDPM's ancestral step (the posterior variance).
-    With abar_prev < abar_t and eta = 0 it goes from image to noise. With clip, eps is recomputed
-    from the clipped x_0-hat, so that both describe the same x_t.
+    abar_prev = 1 gives the image; with abar_prev < abar_t and eta = 0 it goes from image to noise.
+    With clip, eps is recomputed from the clipped x_0-hat, so that both describe the same x_t.
     """
     x0 = predict_x0(x_t, abar_t, eps, clip)
     if clip:

@@ -285,6 +285,7 @@ def read_finite(sums: Tensor, settings: dict, since: int, step: int, folder: Pat
         where = ", ".join(f"{100 * k}-{100 * k + 99}" for k in tenths) or "any"
         path = folder / "checkpoint.pt"
         kept = f"; {path} is the last good one" if path.exists() else ""
+        catch_signals()  # as `train` does at its end: an appendix may go on
         fail(
             f"the {what} is not finite (steps {since} to {step}, t in {where}, lr "
             f"{settings['lr']:g}, amp {settings['amp']}): try a smaller --lr, or --amp off{kept}",

@@ -569,7 +569,6 @@ def main(argv: list[str] | None = None) -> None:
                 else:
                     (run_floor if method in FLOORS else run_cell)(table, settings)
             except train.NotFinite:
-                train.catch_signals()  # the training ended before it did this itself
                 ended.append(f"{method} with seed {seed}")
             write_table(table, common)
     print_rows(write_table(table, common))

@@ -671,8 +671,13 @@ def test_a_loss_that_is_not_finite_ends_its_own_cell_alone(tiny, folder, capsys,
     broken = {**baselines.METHODS, "mae": (build, lambda *args: loss_fn(*args) * math.nan)}
     monkeypatch.setattr(baselines, "METHODS", broken)
     command = ["--data", folder, "--method", "mae", "pixels", "--seeds", "2"]
+
+    def encode(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it went on")
+
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stop:
-        m.setattr(probe, "encode", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        m.setattr(probe, "encode", encode)
         baselines.main(command)
     assert stop.value.code == 130  # Ctrl-C ends what follows at once, no loop waits for it
     with pytest.raises(SystemExit) as stop:
