@@ -250,8 +250,8 @@ def search(encoder: nn.Module, split: Split, device: torch.device, classes: int)
     999, then the best so far +- 62, +- 31, +- 15. On a twelfth of the training images, but at least
     800 (or all) and at most 3,000. Returns rows {t, images, accuracy, explained, seconds}.
 
-    Each t is scored by a ridge classifier, cross-validated in the same folds. `explained` is R^2 of
-    the one-hot labels on held-out images: smooth in t, where accuracy jumps by chance.
+    Each t is scored by a ridge classifier, cross-validated in five folds. `explained` is R^2 of the
+    one-hot labels on held-out images: smooth in t, where accuracy jumps by chance.
     """
     split = sample(split, min(3_000, max(800, len(split.images) // 12)), seed=0)
     n = len(split.images)
