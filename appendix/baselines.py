@@ -300,7 +300,7 @@ def train_run(table: Table, settings: dict, folder: Path, share: float) -> None:
 
 def probe_encoder(table: Table, settings: dict, encoder: nn.Module, step: int) -> dict:
     """What probe.py's protocol gives, at the few t of a table: all that `probe.probe` returns."""
-    protocol = probe.standard_protocol(settings) | {"limit": LABELS}
+    protocol = probe.standard_protocol(settings, len(table.probed[0].images)) | {"limit": LABELS}
     protocol |= {"classes": len(settings["class_names"]), "step": step}
     times = [0] if settings["method"] in TIMELESS else TIMES
     device = train.pick_device(settings["device"])
@@ -506,12 +506,12 @@ def write_table(table: Table, common: dict) -> list[dict]:
             cells.append((names.index(known[run]), int(seed), finished(path)))
     cells = [cell for _, _, cell in sorted(cells, key=lambda found: found[:2])]
     rows = make_rows(cells, common["data"])
-    times = ", ".join(map(str, TIMES))
+    times, epochs = ", ".join(map(str, TIMES)), probe.head_epochs(len(table.probed[0].images))
     head = {
         "what": "Table 1 on one machine: equal epochs for each method, linear probe",
         **shared,
         "threads": torch.get_num_threads(),
-        "probe": f"t = {times} for methods with time, {LABELS:,} labels, {probe.EPOCHS} epochs",
+        "probe": f"t = {times} for methods with time, {LABELS:,} labels, {epochs} epochs",
     }
     write_json(table.path, {**head, "rows": rows, "cells": cells}, shared=True)
     return rows

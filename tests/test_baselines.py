@@ -39,6 +39,7 @@ def tiny(monkeypatch):
     for key, value in {"preset": "cpu", "device": "cpu", "amp": "off"}.items():
         monkeypatch.setitem(train.DEFAULTS, key, value)
     monkeypatch.setattr(probe, "EPOCHS", 10)
+    monkeypatch.setattr(probe, "UPDATES", 0)
 
 
 def settings_of(name, **typed):

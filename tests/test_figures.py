@@ -304,6 +304,7 @@ def train_and_probe(monkeypatch, name, data, *flags):
     it sees 64 features, as the PCA of 1,024 takes longer than all the rest."""
     monkeypatch.setattr(figures, "tsne", lambda x: tsne.tsne(x[:, :64], iterations=20))
     monkeypatch.setattr(probe, "EPOCHS", 1)
+    monkeypatch.setattr(probe, "UPDATES", 0)
     train.main(["--data", data, "--name", name, *TINY, "--epochs", "4", *flags])
     probe.main(["--name", name, "--device", "cpu"])
     return train.RUNS / name
