@@ -859,6 +859,13 @@ def replace_file(path: Path, write: Callable[[Path], Any], private: str = "") ->
         remove(temporary)
 
 
+def check_writable(*paths: Path) -> None:
+    """Raise OSError now where a file cannot be written after hours of work."""
+    for path in paths:
+        if path.parent.exists() and not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
 def write_json(path: Path, value: Any, shared: bool = False) -> None:
     """Write a value as JSON, whole or not at all; `shared` where two processes may at once."""
     text = json.dumps(value, indent=1) + "\n"

@@ -39,13 +39,25 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Split, fail, load, mix_seed, progress, replace_file, sample, to_float, write_json
+from data import (
+    Split,
+    check_writable,
+    fail,
+    load,
+    mix_seed,
+    progress,
+    replace_file,
+    sample,
+    to_float,
+    write_json,
+)
 from diffusion import T
 from train import (
     AMP,
     RUNS,
     Parser,
     build_dier,
+    data_name,
     find_run,
     guard,
     load_model,
@@ -410,7 +422,7 @@ def build_parser() -> argparse.ArgumentParser:
     times = "times in 0..999, such as 400 or 100,400; auto: find one (0, 100, ..., 900, 999)"
     add("--t", type=parse_times, help=times)
     add("--name", help="the run in runs/NAME (the newest)")
-    add("--data", help="another set than the run's: transfer")
+    add("--data", type=data_name, help="another set than the run's: transfer")
     add("--data-dir", help="sets live here (the run's)")
     norm = "standardise features by the training set, or not, as the paper says (std)"
     add("--norm", choices=["std", "none"], help=norm)
@@ -485,6 +497,8 @@ def main(argv: list[str] | None = None) -> None:
     standard = {"t": TIMES, **standard_protocol(settings, len(splits[0].images))}
     protocol = {key: typed.get(key, value) for key, value in standard.items()}
     times = protocol.pop("t")
+    path = result_path(folder, typed, standard)
+    check_writable(path, *([export] if export else []))
     classes = len(splits[0].class_names)
     if classes < 2:
         fail(
@@ -517,7 +531,6 @@ def main(argv: list[str] | None = None) -> None:
         run()
     result["seconds"] = time.monotonic() - start
     print_summary(result)
-    path = result_path(folder, typed, standard)
     write_json(path, result)
     print(f"saved: {path}")
 

@@ -557,6 +557,13 @@ def new_file(text: str) -> Path:
     return path
 
 
+def data_name(text: str) -> str:
+    """--data as a run keeps it: a set's name, or a folder's path without "./" before it and a slash
+    behind it, so that two spellings are one."""
+    plain = str(Path(text))
+    return plain if text and plain not in data.SETS else text
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line; a flag that was not typed is not in the result."""
 
@@ -574,7 +581,7 @@ def build_parser() -> Parser:
     """Every flag, with its unit and default; every size and the recipe are flags too."""
     p = Parser(__doc__)
     add, switch = p.add_argument, argparse.BooleanOptionalAction
-    add("--data", help=f"{', '.join(data.SETS)}, or a folder of images (glyphs)")
+    add("--data", type=data_name, help=f"{', '.join(data.SETS)}, or a folder of images (glyphs)")
     add("--data-dir", help="sets live here (data)")
     add("--name", help="the run's folder is runs/NAME (the set's name)")
     add("--resume", action="store_true", help="go on with --name, --data's run or the newest")
@@ -861,9 +868,11 @@ def run(settings: dict, folder: Path, saved: dict | None, before: int | None) ->
         return
     if folder.parent == RUNS and folder == find_run():  # the newest needs no name
         named = ""
-    t = " --t 400" if settings["data"] == "glyphs" else ""
+    command = f"probe.py{named}" + (" --t 400" if settings["data"] == "glyphs" else "")
+    if not split.class_names:
+        command = f"-m appendix.choose{named}"
     took = f"{step:,} steps, {seen:,} images seen, {clock(seconds)} in this call"
-    print(f"{took}; next: python probe.py{named}{t}")
+    print(f"{took}; next: python {command}")
 
 
 if __name__ == "__main__":

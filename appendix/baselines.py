@@ -521,7 +521,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Every flag, with its unit and default."""
     p = train.Parser(__doc__, prog="python -m appendix.baselines")
     add, names = p.add_argument, [*METHODS, *FLOORS]
-    add("--data", help=f"{', '.join(data.SETS)}, or a folder of images (glyphs)")
+    sets = f"{', '.join(data.SETS)}, or a folder of images (glyphs)"
+    add("--data", type=train.data_name, help=sets)
     usual = f"all but {', '.join(OTHERS)}"
     shown = f"of {', '.join(names)} ({usual})"
     add("--method", nargs="+", choices=names, metavar="NAME", help=shown)

@@ -22,6 +22,7 @@ Shapes: B batch, N images, C channels, H W pixels, V = 1024, K classes.
 """
 
 import math
+import re
 import shlex
 import statistics
 import sys
@@ -37,6 +38,7 @@ import probe
 from appendix.recover import encode, predict_eps, standard_noise
 from data import (
     Split,
+    check_writable,
     fail,
     load,
     mix_seed,
@@ -48,7 +50,17 @@ from data import (
 )
 from diffusion import alphas_cumprod, eps_loss, q_sample
 from model import DiER
-from train import RUNS, Parser, find_run, guard, load_model, new_file, origin, pick_device
+from train import (
+    RUNS,
+    Parser,
+    data_name,
+    find_run,
+    guard,
+    load_model,
+    new_file,
+    origin,
+    pick_device,
+)
 
 TIMES = [0, 20, 50, *range(100, 801, 50), 900, 999]
 IMAGES, BLOCK = 1_000, 25  # images behind t and behind the gain; at a time
@@ -199,7 +211,7 @@ def export(
                 if split.labels is not None:
                     probe.write_arrays(archive, {f"y_{kind}": torch.from_numpy(split.labels)})
 
-    replace_file(path, write)
+    replace_file(path, write, private=re.escape(path.name))
     print(f"saved: {path}")
 
 
@@ -207,7 +219,7 @@ def build_parser() -> Parser:
     """Every flag, with its default."""
     p = Parser(__doc__, prog="python -m appendix.choose")
     p.add_argument("--name", help="the run in runs/NAME (the newest)")
-    p.add_argument("--data", help="another set than the run's")
+    p.add_argument("--data", type=data_name, help="another set than the run's")
     p.add_argument("--data-dir", help="sets live here (the run's)")
     p.add_argument("--device", help="auto, cpu, cuda, cuda:1 (auto: cuda if any)")
     name = {"type": new_file, "metavar": "FILE.npz"}
@@ -247,6 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     typed = vars(build_parser().parse_args(argv))
     device = pick_device(typed.get("device", "auto"))
     folder, model, saved, splits = open_run(typed, device)
+    check_writable(folder / "choose.json", *([typed["export"]] if "export" in typed else []))
     settings, labelled = saved["settings"], len(splits[0].class_names) > 1
     x0_train, x0 = (to_float(torch.from_numpy(pick_images(split, IMAGES))) for split in splits)
     print(f"{folder}, step {saved['step']:,}, {device}: {len(x0):,} test images")

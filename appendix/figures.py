@@ -2,7 +2,7 @@
 
     python -m appendix.figures                              the newest run
     python -m appendix.figures --name mnist                 into runs/mnist/
-    python -m appendix.figures --name mnist cifar10         several runs, into results/
+    python -m appendix.figures --name mnist cifar10         several runs, into runs/
     python -m appendix.figures --table results/table1-mnist.json    its curves, beside that file
 
 Fig. 4, fig4.png: probe accuracy against t (top-1 solid, top-5 dashed), the paper's Table 2 as a
@@ -20,6 +20,7 @@ Shapes: N images, V = 1024.
 
 import argparse
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,6 +108,11 @@ def read_run(folder: Path) -> Run:
     for stem in ("probe", "choose", "few"):
         path = folder / f"{stem}.json"
         found[stem] = read_json("\n".join(read_lines(path)))
+    probed = ((found["probe"] or {}).get("protocol") or {}).get("step")
+    for stem in ("choose", "few"):
+        step = (found[stem] or {}).get("step")
+        if None not in (step, probed) and step != probed:
+            print(f"{folder}/{stem}.json is of step {step:,}, probe.json of step {probed:,}")
     more = [(found[stem] or {}).get("rows", []) for stem in ("choose", "few")]
     return Run(folder, settings, [row for row in rows if row], found["probe"], *more)
 
@@ -355,9 +361,9 @@ def figure_7(run: Run, embedder: Embedder, limit: int, seed: int, path: Path) ->
 def probe_command(run: Run) -> str:
     """What makes the probe.json of a run."""
     if run.settings["method"] == "dier":
-        return f"python probe.py --name {run.name}"
+        return f"python probe.py --name {shlex.quote(run.name)}"
     method, data = run.settings["method"], run.settings["data"]
-    return f"python -m appendix.baselines --data {data} --method {method}"
+    return f"python -m appendix.baselines --data {shlex.quote(data)} --method {method}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -381,13 +387,15 @@ def main(argv: list[str] | None = None) -> None:
         return
     device, seed = pick_device(typed.get("device", "auto")), typed.get("seed", 0)
     runs = [read_run(find_run(name)) for name in dict.fromkeys(typed.get("name", [None]))]
-    folder = runs[0].folder if len(runs) == 1 else Path("results")
+    folder = runs[0].folder if len(runs) == 1 else RUNS
     logged = [run for run in runs if run.log]
     if logged:
         figure_6(logged, folder / "fig6.png")
     for run in runs:
         if run.settings["method"] == "tokenizer":
             fail(f"{run.name} is a tokenizer, which makes codes and no v to probe")
+        if run.probe is None and run.settings.get("class_names") == []:
+            fail(f"{run.name} has no classes, and Figs. 4, 5 and 7 need them")
         if run.probe is None:
             fail(f"no {run.folder / 'probe.json'}: {probe_command(run)} makes it")
     figure_4(runs, folder / "fig4.png")

@@ -384,19 +384,19 @@ def test_features_are_standardised_by_a_sample_of_training_images(probed, monkey
     assert np.array_equal(np.bincount(labels), [10, 10])
 
 
-def test_several_runs_go_to_results_in_a_grid(probed, tmp_path, monkeypatch):
+def test_several_runs_go_to_runs_in_a_grid(probed, tmp_path, monkeypatch):
     write_folder(tmp_path / "more", per_class=10, classes=3)
     train_and_probe(monkeypatch, "others/more", "more")
     monkeypatch.setattr(figures, "TIMES", [0, 400, 999])
     figures.main(["--name", "set", "others/more", "--limit", "15", "--device", "cpu"])
-    assert not drawn(probed) and drawn(tmp_path / "results") == [
+    assert not drawn(probed) and drawn(tmp_path / "runs") == [
         "fig4.png",
         "fig5.png",
         "fig6.png",
         f"fig7-{probe.file_word('others/more')}.png",
         "fig7-set.png",
     ]
-    wide = Image.open(tmp_path / "results/fig5.png")
+    wide = Image.open(tmp_path / "runs/fig5.png")
     assert wide.width > 1200 > wide.height  # two columns, one for each set
 
 
@@ -473,6 +473,15 @@ def test_what_it_cannot_draw_gets_one_line(probed, capsys, tmp_path, monkeypatch
     (probed / "probe.json").write_text(json.dumps(result))
     figures.Embedder(figures.read_run(probed), CPU)
     assert "python probe.py --name set probes anew" in capsys.readouterr().out
+    (probed / "few.json").write_text(json.dumps({"step": 3, "rows": []}))
+    figures.read_run(probed)
+    said = "runs/set/few.json is of step 3, probe.json of step 1\n"
+    assert capsys.readouterr().out == said
+    config = train.read_config(probed)
+    (probed / "probe.json").rename(tmp_path / "probe.json")
+    (probed / "config.json").write_text(json.dumps(config | {"class_names": []}))
+    error = fails(capsys, figures.main, ["--name", "set"])
+    assert "set has no classes, and Figs. 4, 5 and 7 need them" in error
     (probed / "config.json").write_text('{"method": "tokenizer"}')
     assert "set is a tokenizer, which makes" in fails(capsys, figures.main, ["--name", "set"])
     (probed / "config.json").write_text('{"method": "gan"}')

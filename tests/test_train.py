@@ -712,6 +712,12 @@ def test_a_folder_named_as_a_row_of_table_4_has_the_row_of_its_images(tmp_path, 
     assert train.resolve({"data": "32", "preset": "paper", "device": "cpu"})["size"] == 256
 
 
+def test_two_spellings_of_a_folder_are_one_and_a_sets_name_is_no_folder():
+    spelled = {"pics/": "pics", "./a//b/.": "a/b", "../a": "../a", "mnist": "mnist", "": ""}
+    spelled |= {"./mnist": "./mnist", "mnist/": "mnist/"}  # folders of that name
+    assert {text: train.data_name(text) for text in spelled} == spelled
+
+
 def test_typed_flags_replace_the_presets(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = "--preset paper --epochs 0.5 --minutes 2 --mult 1 2 --patch 4 --no-flip --lr 3e-4"
