@@ -247,14 +247,12 @@ def test_the_verdict_of_the_readme_is_that_of_the_records():
     pixels = runs[0]["floors"]["pixels"]
     said += f"{pixels:.1f}, a random encoder {min(random):.1f} to {max(random):.1f}."
     assert said in text
-    for name, above in (("bccd", [False, False]), ("oct2017", [True, False])):
+    for name in ("bccd", "oct2017"):
         run = record(f"{name}-part")
         table = {row["method"]: row["top1"] for row in record(f"table1-{name}")["rows"]}
         pairs = [(run["test_top1"], run["floors"]), (table["dier"], table)]
-        found = [top1 > max(floors["pixels"], floors["random"]) for top1, floors in pairs]
-        assert found == above, name
-    assert "not on our part of BCCD; on that of OCT2017 (85 test images) in one of two runs" in text
-    assert run["n_test"] == 85
+        assert all(top1 < max(floors["pixels"], floors["random"]) for top1, floors in pairs), name
+    assert "not on our parts of BCCD and OCT2017" in text
     behind = []
     for name in ("glyphs", "mnist", "cifar10"):
         for seed in ("", "-seed-1", "-seed-2"):
