@@ -794,7 +794,7 @@ def test_both_scripts_as_a_user_runs_them(folder, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert "preset cpu" in done.stdout and "gr\\xf6\\xdfe: " in done.stdout
     assert done.stdout.splitlines()[-1].endswith("next: python probe.py")
-    done = script("probe.py", "--t", "400", cwd=tmp_path)
+    done = script("probe.py", "--t", "400", "--epochs", "200", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "t = 400 (given)" in done.stdout and "floors: pixels 100.00" in done.stdout
 
