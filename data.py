@@ -859,10 +859,10 @@ def replace_file(path: Path, write: Callable[[Path], Any], private: str = "") ->
         remove(temporary)
 
 
-def check_writable(*paths: Path) -> None:
-    """Raise OSError now where a file cannot be written after hours of work."""
+def check_writable(*paths: Path | None) -> None:
+    """Raise OSError now where a file could not be written later, after hours of work."""
     for path in paths:
-        if path.parent.exists() and not os.access(path.parent, os.W_OK):
+        if path and path.parent.exists() and not os.access(path.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 

@@ -397,5 +397,5 @@ PRESETS = ("paper", "cpu")
 
 
 def table_row(preset: str, data: str, row: int) -> dict:
-    """{column: value} of a set's own row, else of the row for its pixels there: 32, 64, 256."""
+    """{column: value} of a set's own row, else of that for its pixels in the paper: 32, 64, 256."""
     return dict(zip(COLUMNS, TABLE.get(f"{preset} {data}") or TABLE[f"{preset} {row}"]))

@@ -39,18 +39,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import (
-    Split,
-    check_writable,
-    fail,
-    load,
-    mix_seed,
-    progress,
-    replace_file,
-    sample,
-    to_float,
-    write_json,
-)
+import data
+from data import Split, fail, load, mix_seed, progress, replace_file, sample, to_float, write_json
 from diffusion import T
 from train import (
     AMP,
@@ -456,7 +446,7 @@ def standard_protocol(settings: dict, n: int) -> dict:
         "limit": 0,
         "norm": "std",
         "epochs": head_epochs(n),
-        "lr": 2e-5 if settings["data"] in ("bccd", "oct2017") else 2e-4,  # twice that of training
+        "lr": 2e-5 if settings["data"] in ("bccd", "oct2017") else 2e-4,  # twice the paper's
         "weights": "ema",
     }
 
@@ -498,7 +488,7 @@ def main(argv: list[str] | None = None) -> None:
     protocol = {key: typed.get(key, value) for key, value in standard.items()}
     times = protocol.pop("t")
     path = result_path(folder, typed, standard)
-    check_writable(path, *([export] if export else []))
+    data.check_writable(path, export)
     classes = len(splits[0].class_names)
     if classes < 2:
         fail(

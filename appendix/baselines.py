@@ -506,7 +506,8 @@ def write_table(table: Table, common: dict) -> list[dict]:
             cells.append((names.index(known[run]), int(seed), finished(path)))
     cells = [cell for _, _, cell in sorted(cells, key=lambda found: found[:2])]
     rows = make_rows(cells, common["data"])
-    times, epochs = ", ".join(map(str, TIMES)), probe.head_epochs(len(table.probed[0].images))
+    times = ", ".join(map(str, TIMES))
+    epochs = probe.head_epochs(len(table.probed[0].images))
     head = {
         "what": "Table 1 on one machine: equal epochs for each method, linear probe",
         **shared,

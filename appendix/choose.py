@@ -34,11 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import data
 import probe
 from appendix.recover import encode, predict_eps, standard_noise
 from data import (
     Split,
-    check_writable,
     fail,
     load,
     mix_seed,
@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     typed = vars(build_parser().parse_args(argv))
     device = pick_device(typed.get("device", "auto"))
     folder, model, saved, splits = open_run(typed, device)
-    check_writable(folder / "choose.json", *([typed["export"]] if "export" in typed else []))
+    data.check_writable(folder / "choose.json", typed.get("export"))
     settings, labelled = saved["settings"], len(splits[0].class_names) > 1
     x0_train, x0 = (to_float(torch.from_numpy(pick_images(split, IMAGES))) for split in splits)
     print(f"{folder}, step {saved['step']:,}, {device}: {len(x0):,} test images")

@@ -97,7 +97,8 @@ def read_json(text: str) -> dict | None:
 
 
 def read_run(folder: Path) -> Run:
-    """Read the files of a run; exits where it is of no method of this program."""
+    """Read the files of a run and say where they are of other steps than its probe; exits where it
+    is of no method of this program."""
     settings = read_config(folder)
     method = settings.get("method")
     if method not in METHODS:
@@ -394,9 +395,9 @@ def main(argv: list[str] | None = None) -> None:
     for run in runs:
         if run.settings["method"] == "tokenizer":
             fail(f"{run.name} is a tokenizer, which makes codes and no v to probe")
-        if run.probe is None and run.settings.get("class_names") == []:
-            fail(f"{run.name} has no classes, and Figs. 4, 5 and 7 need them")
         if run.probe is None:
+            if run.settings.get("class_names") == []:
+                fail(f"{run.name} has no classes, and Figs. 4, 5 and 7 need them")
             fail(f"no {run.folder / 'probe.json'}: {probe_command(run)} makes it")
     figure_4(runs, folder / "fig4.png")
     if few := [run for run in runs if run.few]:

@@ -39,7 +39,7 @@ def tiny(monkeypatch):
     for key, value in {"preset": "cpu", "device": "cpu", "amp": "off"}.items():
         monkeypatch.setitem(train.DEFAULTS, key, value)
     monkeypatch.setattr(probe, "EPOCHS", 10)
-    monkeypatch.setattr(probe, "UPDATES", 0)
+    monkeypatch.setattr(probe, "UPDATES", 12)  # of an epoch each on tiny sets
 
 
 def settings_of(name, **typed):
@@ -383,9 +383,11 @@ def test_a_cell_leaves_what_train_and_probe_leave(tiny, folder, capsys):
         result = read(run / "probe.json")
         assert [row["t"] for row in result["rows"]] == times
         assert result["name"] == f"baselines/set-{name}-0" and result["protocol"]["step"] == 20
+        assert result["protocol"]["epochs"] == 12
         net, saved = train.load_model(run, baselines.METHODS[name][0])
         assert saved["step"] == 20 and not net.training
         check_cell(cell, run)
+    assert read(RUNS / "set.json")["probe"].endswith(" labels, 12 epochs")
     assert "no run in runs" in fails(capsys, probe.main, [])  # baselines are not DiER's newest run
     name = ["--name", "baselines/set-mae-0"]
     assert "has the runs of tables" in fails(capsys, train.main, [*name, "--resume"])

@@ -492,6 +492,14 @@ def test_what_it_cannot_draw_gets_one_line(probed, capsys, tmp_path, monkeypatch
     assert fails(capsys, figures.main, []) == words
 
 
+def test_a_command_that_is_named_can_be_pasted(tmp_path):
+    settings = {"method": "dier", "data": "my pics"}
+    run = figures.Run(train.RUNS / "my run", settings, [], None, [], [])
+    assert figures.probe_command(run) == "python probe.py --name 'my run'"
+    settings["method"] = "mae"
+    assert "--data 'my pics' --method mae" in figures.probe_command(run)
+
+
 def test_classes_that_the_font_cannot_show_are_drawn(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "set", per_class=5)

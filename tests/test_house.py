@@ -226,6 +226,8 @@ def test_accuracies_of_the_readme_are_those_of_the_records():
     said = re.search(r"not standardised \(so ours have (\S+), (\S+), (\S+)\)\.\n", text).groups()
     none = [record(f"{name}-norm-none")["oracle_top1"] for name in ("glyphs", "mnist", "cifar10")]
     assert list(said) == [f"{top1:.2f}" for top1 in none]
+    slow, fast = (record(name)["training"]["seconds"] for name in ("mnist-fp32", "mnist"))
+    assert f"in fp32 up to {slow / fast:.1f} times that" in text
     lab = (ROOT / "results/README.md").read_text()
     for name in ("glyphs", "mnist", "cifar10"):
         cells = " | ".join(f"{row['top1']:.2f}" for row in record(name)["rows"])
@@ -348,8 +350,10 @@ def test_the_search_for_t_and_few_labels_in_the_readme_are_as_recorded():
     names = ("glyphs-seed-2", "mnist", "cifar10-seed-1")
     found, few = record("t-auto"), record("few")
     times = ", ".join(str(found[name]["chosen_t"]) for name in names)
-    assert f"t = {times} on the figure's runs, no worse than the best." in text
+    assert f": {times} on the figure's runs, no worse than the best." in text
     assert all(found[name]["test_top1"] >= record(name)["oracle_top1"] for name in names)
+    took = [found[name]["seconds"] / record(name)["seconds"] for name in names]
+    assert f"({100 * min(took):.0f} to {100 * max(took):.0f}% with its probe)" in text
     times = ", ".join(str(few[name]["chosen_t"]) for name in names)
     assert f"images' fine detail, {times};" in text
     said = re.search(r"by (\d+) points on glyphs, (\d+) on MNIST and (\d+) on CIFAR-10", text)

@@ -5,6 +5,9 @@ import json
 import math
 import os
 import shutil
+import zipfile
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ import data
 import model as M
 import probe
 import train
+from appendix import choose
 
 CPU = torch.device("cpu")
 PROTOCOL = {"classes": 4, "epochs": 30, "lr": 1e-2, "norm": "std"}
@@ -600,6 +604,19 @@ def test_export_holds_v_t_as_the_encoder_gives_it(trained):
     assert [path.name for path in train.Path("new").iterdir()] == ["out.npz"]
 
 
+def test_two_exports_to_one_name_are_written_apart(trained, monkeypatch):
+    names, real = [], zipfile.ZipFile
+
+    def opened(path, mode):
+        names.append(path.name)
+        return real(path, mode)
+
+    monkeypatch.setattr(zipfile, "ZipFile", opened)
+    run("--t", "0", "--epochs", "1", "--export", "v.npz")
+    choose.main(["--device", "cpu", "--export", "v.npz"])
+    assert len(names) == 2 and all(name.endswith(f"-{os.getpid()}") for name in names)
+
+
 @pytest.mark.parametrize("where", ["set/train/class0/00.png/out.npz", "set"])
 def test_an_export_that_cannot_be_written_is_one_line_before_any_work(
     trained, where, monkeypatch, capsys
@@ -676,13 +693,21 @@ def test_unlabelled_images_train_and_the_probe_says_what_it_needs(tmp_path, monk
     assert not results(train.RUNS / "flat")
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_the_work(trained, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(trained, tmp_path, monkeypatch):
     """As root every folder can be."""
-    monkeypatch.setattr(os, "access", lambda path, mode: path != trained)
+    (tmp_path / "v").mkdir()
     monkeypatch.setattr(probe, "probe", None)
-    with pytest.raises(PermissionError) as error:
-        run("--t", "400")
-    assert error.value.filename == "runs/set/probe-t-400.json"
+    choosing = partial(choose.main, ["--device", "cpu", "--export", "v/v.npz"])
+    for shut, command, path in [
+        (trained, partial(run, "--t", "400"), "runs/set/probe-t-400.json"),
+        (Path("v"), partial(run, "--export", "v/v.npz"), "v/v.npz"),
+        (trained, choosing, "runs/set/choose.json"),
+        (Path("v"), choosing, "v/v.npz"),
+    ]:
+        monkeypatch.setattr(os, "access", lambda path, mode, shut=shut: path != shut)
+        with pytest.raises(PermissionError) as error:
+            command()
+        assert error.value.filename == path and not list(trained.glob("*.json"))[1:]
 
 
 @pytest.mark.parametrize("flags", [[], ["--t", "auto"]])

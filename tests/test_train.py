@@ -24,6 +24,7 @@ import data
 import model as M
 import probe
 import train
+from appendix import baselines, choose
 
 CPU = torch.device("cpu")
 TIMES = ("seconds", "images_per_s")
@@ -715,7 +716,9 @@ def test_a_folder_named_as_a_row_of_table_4_has_the_row_of_its_images(tmp_path, 
 def test_two_spellings_of_a_folder_are_one_and_a_sets_name_is_no_folder():
     spelled = {"pics/": "pics", "./a//b/.": "a/b", "../a": "../a", "mnist": "mnist", "": ""}
     spelled |= {"./mnist": "./mnist", "mnist/": "mnist/"}  # folders of that name
-    assert {text: train.data_name(text) for text in spelled} == spelled
+    for module in (train, probe, choose, baselines):
+        for text, name in spelled.items():
+            assert module.build_parser().parse_args(["--data", text]).data == name
 
 
 def test_typed_flags_replace_the_presets(tmp_path, monkeypatch, capsys):
