@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+from fnmatch import fnmatch
 
 import numpy as np
 import pytest
@@ -283,6 +284,18 @@ def test_the_verdict_of_the_readme_is_that_of_the_records():
     for name in ("mnist", "cifar10"):
         here = {row["method"]: row["top1"] for row in record(f"table1-{name}")["rows"]}
         assert here["dier"] > here["mae"], name
+
+
+@needs_readme
+def test_the_pages_say_nothing_twice_and_name_every_record():
+    pages = [README.read_text(), (ROOT / "results/README.md").read_text()]
+    parts = [part for page in pages for part in page.split("\n\n")]
+    assert len(set(parts)) == len(parts)
+    known = [path.name for path in (ROOT / "results").iterdir() if path.name != "README.md"]
+    named = set(re.findall(r"[\w*-]+\.(?:json|png)", "".join(pages)))
+    assert [file for file in known if not any(fnmatch(file, name) for name in named)] == []
+    for link in re.findall(r"\]\(([\w-]+\.png)\)", pages[1]):
+        assert link in known, link
 
 
 @needs_readme
