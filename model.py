@@ -3,10 +3,11 @@
     v_t = Encoder(x_0, t)                 half a U-Net that sees the clean image and the time
     eps = DiT(x_t, t, v_t)                a transformer on pixel patches that sees the noisy image
 
-As in the paper v_t reaches the DiT only through adaLN. Here it is added to the embedding of t; of
-the sum's SiLU a linear layer `ada` in each block, and one before `out`, make scale and shift of
-each normalisation and the gate of each branch. One vector has to tell the transformer what the
-noise has hidden. That this makes it semantic is the paper's claim, which probe.py tests.
+As in the paper v_t reaches the DiT only through adaLN. Here it is added to the embedding of t. Each
+block has a linear layer `ada`, which takes the SiLU of the sum to the scale and shift of each
+normalisation and to the gate of each branch; another, before `out`, gives scale and shift. One
+vector has to tell the transformer what the noise has hidden. That this makes it semantic is the
+paper's claim, which probe.py tests.
 
 At initialisation every residual branch and the output are zero, as in DiT: eps = 0, so the first
 loss is E[eps^2] = 1, and v does not depend on t. No gradient reaches the encoder in the first two
@@ -100,7 +101,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     stores the N x N scores. Both sum in fp32.
     """
     if q.shape[2] > SHORT:
-        return F.scaled_dot_product_attention(q, k, v)
+        # Where a token's d numbers are apart, as after a convolution, there is no fused kernel.
+        return F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, heads, N, N)
     return scores.softmax(3).to(v.dtype) @ v
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 import diffusion as D
@@ -84,6 +85,14 @@ def test_only_long_sequences_take_the_fused_kernel(n, fused, monkeypatch):
     for width in (4, 2 * M.SHORT):
         M.attention(*torch.zeros(3, 1, 1, n, width))
     assert len(calls) == 2 * fused
+
+
+def test_both_blocks_of_long_sequences_have_a_fused_kernel():
+    """PyTorch falls back to written-out scores, without a word, where it has no other kernel."""
+    x, tokens = torch.randn(1, 8, 20, 20), torch.randn(1, 400, 8)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        assert M.AttentionBlock(8, 2)(x).shape == x.shape
+        assert M.DiTBlock(8, 2)(tokens, torch.randn(1, 8)).shape == tokens.shape
 
 
 def test_patchify_order_and_unpatchify_shape():
