@@ -121,7 +121,7 @@ def train(
     parts = make_parts(net.to(device).train(), settings, device, saved)
     ema, optimizer, scaler = parts["ema"], parts["optimizer"], parts["scaler"]
     params, ema_params = list(net.parameters()), list(ema.parameters())
-    model = net if processes == 1 else DistributedDataParallel(net)
+    model = net if processes == 1 else DistributedDataParallel(net, broadcast_buffers=False)
     counters = saved or {"step": 0, "row_step": 0, "log_size": 0, "seconds": 0.0}
     first, row_step, earlier = (counters[key] for key in ("step", "row_step", "seconds"))
     step = first
@@ -595,7 +595,8 @@ def build_parser() -> Parser:
     add("--ema", type=fraction, help="decay of the weight average (0.9999)")
     add("--clip", type=not_negative, help="largest gradient norm, 0 = off (1.0)")
     add("--device", help="auto, cpu, cuda, cuda:1 (auto: cuda if any)")
-    add("--amp", choices=["auto", *AMP], help="mixed precision (auto: where the hardware has it)")
+    amp = "mixed precision (auto: where the hardware has it; off is fp32, on a GPU with TF32)"
+    add("--amp", choices=["auto", *AMP], help=amp)
     add("--accum", type=positive_int, help="accumulate gradients over N passes: less memory (1)")
     add("--compile", action=switch, help="torch.compile both networks (off)")
     add = p.add_argument_group("sizes, as in Table 4, and recipe (the preset's)").add_argument
@@ -617,13 +618,17 @@ def build_parser() -> Parser:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name, "auto" being cuda if there is one; exits where it does not work, and
-    for other kinds than cpu and cuda: Apple's mps has no float64, which `sinusoid` needs."""
+    """The device of that name, "auto" being cuda if there is one; a GPU becomes the current one.
+    Exits where it does not work, and for other kinds than cpu and cuda: Apple's mps has no float64,
+    which `sinusoid` needs."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if torch.device(name).type in ("cpu", "cuda"):
-            return torch.empty(1, device=name).device
+            device = torch.empty(1, device=name).device
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            return device
         reason = "cpu and cuda alone do"
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -715,6 +720,8 @@ def join_processes(device: str) -> None:
         gpus, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if wanted > gpus:
             fail(f"{wanted} processes, but {gpus} GPU(s) here: give --nproc_per_node={gpus}")
+        if device not in ("auto", "cuda"):
+            fail(f"each process takes its own GPU, not {device}: give --device cuda")
         torch.cuda.set_device(local)
     # torchrun's store keeps the addresses of dead processes over a restart: a prefix hides them.
     hour = timedelta(hours=1)
@@ -756,7 +763,7 @@ def guard(main: Callable[[], None]) -> None:
     """Run a command's main: what can go wrong outside the program becomes one line, status 2."""
     keep_freed_memory()
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115, None where it is closed
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115, None where closed
         stream.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
         setattr(sys, name, stream)
     catch_signals()
@@ -771,6 +778,7 @@ def guard(main: Callable[[], None]) -> None:
     except (RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split()) or "out of memory"
         words = ("allocate memory", "size calculation overflowed", "multiplication overflow")
+        words += ("out of memory", "ALLOC_FAILED")  # from CUDA and cuBLAS themselves
         known = any(word in text for word in words)
         if known or isinstance(error, torch.OutOfMemoryError | MemoryError):
             os.environ["LOCAL_RANK"] = "0"  # whichever process it is, it says so

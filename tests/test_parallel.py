@@ -173,6 +173,15 @@ def test_more_processes_than_gpus_get_one_line(monkeypatch, capsys):
     assert words in fails(capsys, train.join_processes, "auto")
 
 
+def test_processes_that_would_share_one_gpu_get_one_line(monkeypatch, capsys):
+    for key, value in zip(train.WORLD, ("0", "2", "0", "1", "a")):
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    words = "each process takes its own GPU, not cuda:0: give --device cuda"
+    assert words in fails(capsys, train.join_processes, "cuda:0")
+
+
 @pytest.mark.parametrize(
     ("world", "want"),
     [

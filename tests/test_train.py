@@ -392,7 +392,7 @@ def test_processes_take_their_part_of_the_draws_and_dropout_of_their_own(folder,
         return train.dier_loss(net, x0, t, eps, abar)
 
     monkeypatch.setattr(train, "ranks", lambda: (rank, 2, rank))
-    monkeypatch.setattr(train, "DistributedDataParallel", lambda net: net)
+    monkeypatch.setattr(train, "DistributedDataParallel", lambda net, **_: net)
     monkeypatch.setattr(train.dist, "all_reduce", lambda sums: None)
     monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or real(seed))
     (train.RUNS / "set").mkdir(parents=True)
@@ -662,6 +662,8 @@ CPU_MEMORY = (  # as torch says it
     "error, words",
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), "20.00 GiB"),
+        (RuntimeError("CUDA error: out of memory. CUDA kernel"), "out of memory (CUDA error"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), "or a smaller --batch-size"),
         (MemoryError(), "--accum 2 or more, or a smaller --batch-size"),
         (RuntimeError(CPU_MEMORY), "you tried to allocate 1 bytes. Error"),
         (RuntimeError("Storage size calculation overflowed with sizes=[3]"), "out of memory ("),
