@@ -136,6 +136,7 @@ def ddim_sample(
     """Walk from x = x_999 (B, C, H, W) to the image (Eq. 3.3).
 
     clip belongs to decoding from noise; a stochastic code (`ddim_invert`) is decoded without it.
+    eta = 0 is DDIM, as used here; eta = 1 is DDPM's sampler, with noise from the generator.
     """
     abar = alphas_cumprod().to(x)
     times = ddim_times(steps)

@@ -153,12 +153,6 @@ TIMELESS = ("dier-notime", "dier-unet-notime", "diffae", "mae", "lmim", "lmim-sw
 TIMELESS += ("mage", "supervised", "untrained", "pca", "pixels")
 
 
-def method_settings(name: str, typed: dict) -> dict:
-    """Every setting of a run of METHODS or FLOORS, as train.py resolves what was typed. The sizes
-    of other networks than DiER's are not among them: their files have a table each."""
-    return train.resolve(typed) | {"method": name}
-
-
 def build(name: str, settings: dict) -> nn.Module:
     """The module of a method; exits where its sizes do not fit."""
     try:

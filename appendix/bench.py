@@ -7,12 +7,12 @@
 On one GPU of 80 GB give --batch-size 8 at 256 pixels: the plain reference alone fills it with 16.
 
 Pixels are random, so no data set is needed. The program is train.py's loop as it is used: data,
-step, rows of the log, checkpoints; its own log gives the times. It runs in fp32 and in the half
-precision of --amp auto, beside the plain reference, tests/reference.py in fp32. Each is a process
-of its own and they take turns, so that a noisy machine disturbs all alike. Memory is what a process
-peaked at minus what it had after its imports (on CUDA the allocator's peak). A speed is the median
-of its samples, with the quartiles as spread, and a share of the fastest matrix product or 3 x 3
-convolution of the same dtype (MFU), measured in the same run.
+step, rows of the log, checkpoints; its own log gives the times. It runs in fp32 (on a GPU: TF32)
+and in the half precision of --amp auto, beside the plain reference, tests/reference.py in fp32.
+Each is a process of its own and they take turns, so that a noisy machine disturbs all alike. Memory
+is what a process peaked at minus what it had after its imports (on CUDA the allocator's peak). A
+speed is the median of its samples, with the quartiles as spread, and a share of the fastest matrix
+product or 3 x 3 convolution of the same dtype (MFU), measured in the same run.
 
 --json FILE holds preset, data, size, batch_size, device, threads, torch, parameters,
 flops_per_image, peak_flops; sides {reference, fp32, bf16}, each {images_per_s, quartile_1,
@@ -68,15 +68,15 @@ class Program:
         self.net, self.pixels = train.build_dier(settings), random_pixels(settings)
 
     def turn(self, n: int) -> list[float]:
-        """Seconds a step, from rows of the log, over about n steps.
+        """Seconds a step, from rows of the log: on a CPU n rows of one step each.
 
-        On a CPU these are rows of one step each. On CUDA such a row makes the host wait for the
-        device, so only rows 20 steps apart show the loop's speed; and the first of these began with
-        an idle device, so that it took the host less time than the device.
+        On CUDA such a row makes the host wait for the device, so only one 20 steps after another
+        shows the loop's speed; and the first such row began with an idle device, so that it took
+        the host less time than the device. The second is the turn's one sample.
         """
         warmup, steps = WARMUP, n
         if torch.device(self.settings["device"]).type == "cuda":
-            warmup, steps = 2 * ROW_STEPS, ROW_STEPS * max(1, n // ROW_STEPS)
+            warmup, steps = 2 * ROW_STEPS, ROW_STEPS
         epochs = (warmup + steps) / 4  # one has four batches
         settings = {**self.settings, "epochs": epochs}
         train.train(self.net, train.dier_loss, self.pixels, settings, self.folder)

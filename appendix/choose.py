@@ -36,7 +36,7 @@ from torch import Tensor
 
 import data
 import probe
-from appendix.recover import encode, predict_eps, standard_noise
+from appendix.recover import embed, predict_eps, standard_noise
 from data import (
     Split,
     fail,
@@ -104,7 +104,7 @@ def pick_images(split: Split, n: int) -> np.ndarray:
 def measure(model: DiER, x0: Tensor, t: int, abar: Tensor) -> dict:
     """The gain of v at one t, in full precision: a row of images x0 (N, C, H, W). Each image is
     denoised twice from the same x_t, with its own v and with that of the image before."""
-    v = torch.cat([encode(model, part, t) for part in x0.split(BLOCK)])  # (N, V)
+    v = torch.cat([embed(model, part, t) for part in x0.split(BLOCK)])  # (N, V)
     right, wrong = [], []
     for part, eps, own, other in zip(
         *(x.split(BLOCK) for x in (x0, standard_noise(x0, 0), v, v.roll(1, 0)))

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import train
-from appendix.baselines import METHODS, TIMELESS
+from appendix.baselines import METHODS, PAPER, TIMELESS
 from appendix.chart import (
     COLOURS,
     PALE,
@@ -46,7 +46,6 @@ from data import Split, fail, load, mix_seed, read_lines, sample
 from probe import TIMES, encode, file_word, standardise
 from train import RUNS, dier_loss, find_run, guard, load_model, pick_device, read_config
 
-PAPER = Path(__file__).resolve().parent.parent / "results" / "paper.json"
 SHOWN = 20  # classes in Figs. 5 and 7, as in the paper
 POINTS, POINTS_PANEL = 5_000, 1_000  # test images of Fig. 5 and of each panel of Fig. 7
 STATISTICS = 5_000  # training images whose mean and std standardise the features

@@ -5,7 +5,7 @@
     python -m appendix.recover --mode interpolate     between two images
     python -m appendix.recover --mode swap            the noise of one image, v of another
     python -m appendix.recover --mode timesteps       one-step estimates with right and wrong v
-    python -m appendix.recover --name baselines/diffae      any method that predicts the noise
+    python -m appendix.recover --name baselines/mnist-diffae-0      a method that predicts noise
 
 Decoding walks from x_999 to the image with v_t = Encoder(x_0, t) of the true image at each step.
 From *random noise* x_999 ~ N(0, I) the picture shows what v alone knows. From the *stochastic
@@ -50,14 +50,14 @@ def build_method(settings: dict) -> nn.Module:
     return build(method, settings)
 
 
-def encode(model: nn.Module, x0: Tensor, t: int) -> Tensor:
+def embed(model: nn.Module, x0: Tensor, t: int) -> Tensor:
     """v_t = Encoder(x0, t): (B, C, H, W) -> (B, V)."""
     return model.encoder(x0, torch.full((len(x0),), t, device=x0.device))
 
 
 def trajectory(model: nn.Module, x0: Tensor, times: list[int]) -> dict[int, Tensor]:
     """v_t of x0 (B, C, H, W) for each of the times, {t: (B, V)}: once for each image and step."""
-    return {t: encode(model, x0, t) for t in progress(times, "encoding", len(times), "steps")}
+    return {t: embed(model, x0, t) for t in progress(times, "encoding", len(times), "steps")}
 
 
 def predict_eps(model: nn.Module, x_t: Tensor, t: int, v: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def mean_of_v(model: nn.Module, images: np.ndarray, device: torch.device) -> dic
     blocks = torch.from_numpy(images).split(BLOCK)
     mean = {}
     for t in progress(TIMES, "mean v", len(TIMES), "times"):
-        v = torch.cat([encode(model, to_float(block.to(device)), t) for block in blocks])
+        v = torch.cat([embed(model, to_float(block.to(device)), t) for block in blocks])
         mean[t] = v.mean(0, keepdim=True)
     return mean
 

@@ -44,7 +44,7 @@ def tiny(monkeypatch):
 
 def settings_of(name, **typed):
     """Settings of a tiny run on ten classes of images of one channel."""
-    settings = baselines.method_settings(name, {"data": "glyphs", **typed})
+    settings = train.resolve({"data": "glyphs", **typed}) | {"method": name}
     return settings | {"class_names": [str(k) for k in range(10)]}
 
 
@@ -163,10 +163,10 @@ SETS += [pytest.param(*row, marks=pytest.mark.slow) for row in LARGE]
 @pytest.mark.parametrize("name, preset", SETS)
 def test_each_method_has_each_preset_with_diers_encoder_size_and_recipe(name, preset):
     typed = {"data": name, "preset": preset, "device": "cpu"}
-    dier = baselines.method_settings("dier", typed)
+    dier = train.resolve(typed) | {"method": "dier"}
     shapes = [p.shape for p in on_meta("dier", dier).encoder.parameters()]
     for method in baselines.METHODS:
-        settings = baselines.method_settings(method, typed)
+        settings = train.resolve(typed) | {"method": method}
         net = on_meta(method, settings)
         assert parameters(net) > 1e5
         if method.startswith("dier") or method == "supervised":
@@ -180,7 +180,7 @@ def test_denoisers_of_preset_cpu_cost_about_what_dier_costs(name):
     typed, cost = {"data": name, "preset": "cpu", "device": "cpu"}, {}
     for method, (_, loss_fn) in baselines.METHODS.items():
         if loss_fn is train.dier_loss:
-            settings = baselines.method_settings(method, typed)
+            settings = train.resolve(typed) | {"method": method}
             cost[method] = baselines.flops_per_image(method, settings)
     assert all(0.4 < c / cost["dier"] < 2.5 for c in cost.values()), cost
 
@@ -204,7 +204,7 @@ def test_flops_of_a_block_are_counted_by_hand(tiny, monkeypatch):
 def test_mflop_an_image_are_what_was_estimated(name, cpu, paper, preset):
     """For digits: preset cpu at 16 pixels, preset paper at 32."""
     typed = {"data": "mnist", "preset": preset, "device": "cpu"}
-    found = baselines.flops_per_image(name, baselines.method_settings(name, typed)) / 1e6
+    found = baselines.flops_per_image(name, train.resolve(typed) | {"method": name}) / 1e6
     mflop = {"cpu": cpu, "paper": paper}[preset]
     assert mflop / 1.5 < found < mflop * 1.5
 
@@ -237,7 +237,7 @@ def test_flops_of_convolutions_are_counted_by_hand(kind, groups, stride, monkeyp
 ])  # fmt: skip
 def test_parameter_counts_of_table_5(name, millions):
     typed = {"data": name, "preset": "paper", "device": "cpu"}
-    net = on_meta("diffae", baselines.method_settings("diffae", typed))
+    net = on_meta("diffae", train.resolve(typed) | {"method": "diffae"})
     assert parameters(net) / 1e6 == pytest.approx(millions, abs=0.01)  # a block is half a percent
 
 
@@ -461,7 +461,7 @@ def test_a_damaged_screen_ends_the_command_and_scores_nothing(tiny, folder, monk
 
 def table_of(folder, name="mae", **typed):
     """A table on a folder of images, and the settings of a method in it."""
-    settings = baselines.method_settings(name, {"data": folder, **typed})
+    settings = train.resolve({"data": folder, **typed}) | {"method": name}
     split, _ = data.load(folder, settings["size"], settings["channels"], Path("data"))
     settings |= {"images": len(split.images), "class_names": split.class_names}
     probed = data.load(folder, settings["size"], settings["channels"], Path("data"), 10)

@@ -34,7 +34,7 @@ def test_flops_are_counted_as_by_hand():
 
 
 @pytest.mark.parametrize("device, n, steps, counted", [
-    ("cpu", 5, 8, [4, 5, 6, 7, 8]), ("cuda", 5, 60, [60]), ("cuda", 45, 80, [60, 80]),
+    ("cpu", 5, 8, [4, 5, 6, 7, 8]), ("cuda", 5, 60, [60]),
 ])  # fmt: skip
 def test_rows_that_count_leave_the_warm_up_and_the_waiting_out(
     device, n, steps, counted, tmp_path, monkeypatch
