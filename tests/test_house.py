@@ -394,4 +394,4 @@ def test_the_search_for_t_and_few_labels_in_the_readme_are_as_recorded():
     assert best["v"] < min(best["random"], best["pixels"])  # "on our part of BCCD it is behind"
     cka = record("cka-glyphs")
     pair = cka["cka"][cka["t"].index(100)][cka["t"].index(700)]
-    assert f"v_700 is like v_100 (linear CKA {pair:.2f} of 1)" in text
+    assert f"v_700 is like v_100 (similarity {pair:.2f} of 1, linear CKA)" in text
