@@ -224,7 +224,7 @@ def test_accuracies_of_the_readme_are_those_of_the_records():
     rows = [row for name in ("glyphs-fp32", "glyphs-one-thread") for row in record(name)["rows"]]
     at_400 = [f"{row['top1']:.2f}" for row in rows if row["t"] == 400]
     assert f"rounding differs; top-1 {' to '.join(at_400)})" in text
-    said = re.search(r"not standardised \(so ours have (\S+), (\S+), (\S+)\)\.\n", text).groups()
+    said = re.search(r"\(so ours have (\S+) by seed 2, (\S+), (\S+)\)\.\n", text).groups()
     none = [record(f"{name}-norm-none")["oracle_top1"] for name in ("glyphs", "mnist", "cifar10")]
     assert list(said) == [f"{top1:.2f}" for top1 in none]
     slow, fast = (record(name)["training"]["seconds"] for name in ("mnist-fp32", "mnist"))
@@ -261,7 +261,7 @@ def test_the_verdict_of_the_readme_is_that_of_the_records():
         for seed in ("", "-seed-1", "-seed-2"):
             top1 = {row["t"]: row["top1"] for row in record(name + seed)["rows"]}
             behind.append(max(top1.values()) - top1[700])
-    assert f"v_700 only {min(behind):.1f} to {max(behind):.1f}\npoints below the best" in text
+    assert f"just {min(behind):.1f} to {max(behind):.1f} points below\nthe best" in text
     means, leads, at_0 = [], [], []
     for name in ("mnist", "cifar10"):
         cells = {(c["method"], c["seed"]): c for c in record(f"time-{name}")["cells"]}
