@@ -155,7 +155,11 @@ DISK += (errno.EIO, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def not_there(name: str, folder: Path, why: str = "") -> NoReturn:
-    """Exit: a named set has to be put into its folder by hand."""
+    """Exit: a named set has to be put into its folder by hand, or unpacked anew."""
+    for file in DOWNLOADS.get(name, ()):
+        unpacked = folder / file.partition(".")[0]
+        if (folder / file).exists() and unpacked.is_dir():
+            fail(f"{unpacked} does not hold all of {name}: delete it, and {file} is unpacked again")
     what = BY_HAND.get(name) or f"{', '.join(DOWNLOADS[name])} from {MIRRORS[name][0]}"
     fail(f"{name} is not in {folder}{why}: put {what} there; or `python train.py` needs no data")
 
@@ -615,7 +619,7 @@ def decode_once(items: list, size: int, channels: int, what: str, cache: Path) -
             key.update(item.tobytes())
     path = cache / f"{what}-{size}-{key.hexdigest()[:16]}.npy"
     with suppress(OSError, ValueError, EOFError):  # it is not there, or cut short
-        return np.load(path, mmap_mode="r")
+        return np.lib.format.open_memmap(path, mode="r")
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -626,7 +630,7 @@ def decode_once(items: list, size: int, channels: int, what: str, cache: Path) -
 
     try:
         replace_file(path, write, private=".*")
-        return np.load(path, mmap_mode="r")
+        return np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
         print(f"no cache in {cache} ({error}): decoding into memory", file=sys.stderr)
         return np.stack(list(decode(items, size, channels, what)))

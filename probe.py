@@ -524,8 +524,8 @@ def main(argv: list[str] | None = None) -> None:
     result["seconds"] = time.monotonic() - start
     print_summary(result)
     write_json(path, result)
-    print(f"saved: {path}")
+    print(f"saved: {path}" + (f", {export}" if export else ""))
 
 
 if __name__ == "__main__":
-    guard(main)
+    guard(main, "a smaller --limit")

@@ -126,6 +126,8 @@ def train(
     first, row_step, earlier = (counters[key] for key in ("step", "row_step", "seconds"))
     step = first
     sums = saved["sums"].to(device) if saved and rank == 0 else torch.zeros(SUMS, device=device)
+    if amp != "fp16":
+        sums[SKIPPED] = 0.0  # those of an earlier call in fp16 were no error
     log = open_log(folder, counters["log_size"], rank)
     signals = catch_signals(finish_step=True)
     start = row_time = time.monotonic()
@@ -698,7 +700,8 @@ def describe(settings: dict, counts: dict[str, int], folder: Path, auto: bool) -
     print(f"{why}preset {settings['preset']}, {networks}{more}")
     hidden_keys = ("class_names", "launch", "origin", "row")
     shown = {k: v for k, v in settings.items() if k not in hidden_keys}
-    pairs = (f"{key}={str(value).replace(' ', '')}" for key, value in shown.items())
+    shown |= {k: str(v).replace(" ", "") for k, v in shown.items() if isinstance(v, list)}
+    pairs = (f"{key}={value}" for key, value in shown.items())
     print(textwrap.fill(f"{folder}: {' '.join(pairs)}", 100, subsequent_indent="  "))
     hidden, values = settings["hidden"], settings["patch"] ** 2 * settings["channels"]
     if hidden < values:
@@ -759,8 +762,19 @@ def keep_freed_memory() -> None:
         mallopt(m_mmap_threshold, 2**25)
 
 
-def guard(main: Callable[[], None]) -> None:
-    """Run a command's main: what can go wrong outside the program becomes one line, status 2."""
+def flush_stdout() -> None:
+    """Write what stdout still holds. Raises OSError where that fails, and drops it: at its end
+    Python would try again and print a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def guard(main: Callable[[], None], less: str = "") -> None:
+    """Run a command's main: what can go wrong outside the program becomes one line, status 2.
+    `less` says what would need less memory."""
     keep_freed_memory()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115, None where closed
@@ -768,10 +782,11 @@ def guard(main: Callable[[], None]) -> None:
         setattr(sys, name, stream)
     catch_signals()
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+        finally:
+            flush_stdout()
     except BrokenPipeError:  # the reader of our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + 13) from None
     except OSError as error:
         fail(f"{error.filename or 'cannot write'}: {error.strerror or error}")
@@ -783,7 +798,7 @@ def guard(main: Callable[[], None]) -> None:
         if known or isinstance(error, torch.OutOfMemoryError | MemoryError):
             os.environ["LOCAL_RANK"] = "0"  # whichever process it is, it says so
             what = textwrap.shorten(text, 150)
-            fail(f"out of memory ({what}): try --accum 2 or more, or a smaller --batch-size")
+            fail(f"out of memory ({what})" + (f": try {less}" if less else ""))
         if "C++ compiler" in text or "C compiler" in text:  # for a CPU, for a GPU
             fail("--compile needs a compiler here: install gcc and g++, or leave --compile out")
         talks = dist.is_initialized() and ("gloo" in text or "NCCL" in text)
@@ -884,4 +899,4 @@ def run(settings: dict, folder: Path, saved: dict | None, before: int | None) ->
 
 
 if __name__ == "__main__":
-    guard(main)
+    guard(main, "--accum 2 or more, or a smaller --batch-size")

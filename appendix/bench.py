@@ -181,7 +181,7 @@ def take_turns(settings: dict) -> dict[str, dict]:
                 place = Path(folder) / name
                 place.mkdir()
                 job = partial(work, far, side, own, place, torch.get_num_threads())
-                process = context.Process(target=train.guard, args=(job,))
+                process = context.Process(target=train.guard, args=(job, "a smaller --batch-size"))
                 process.start()
                 far.close()
                 workers[name] = (pipe, process)

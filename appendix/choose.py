@@ -286,7 +286,8 @@ def main(argv: list[str] | None = None) -> None:
     if "export" in typed:
         export(typed["export"], model, splits, t, device)
     after = "" if "export" in typed else f"; next: {next_command(typed, t, labelled)}"
-    print(f"t = {t}: noise and fine detail are even{after}")
+    even = "noise and fine detail are even" if ratios[0] >= 1 else "fine detail is below the noise"
+    print(f"t = {t}: {even}{after}")
 
 
 if __name__ == "__main__":

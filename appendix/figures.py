@@ -99,6 +99,8 @@ def read_run(folder: Path) -> Run:
     """Read the files of a run and say where they are of other steps than its probe; exits where it
     is of no method of this program."""
     settings = read_config(folder)
+    if not settings:
+        fail(f"{folder / 'config.json'} is not there or cannot be read: train that run anew")
     method = settings.get("method")
     if method not in METHODS:
         fail(f"{folder} is a run of {method}, which is none of {', '.join(METHODS)}")
@@ -107,7 +109,10 @@ def read_run(folder: Path) -> Run:
     found = {}
     for stem in ("probe", "choose", "few"):
         path = folder / f"{stem}.json"
-        found[stem] = read_json("\n".join(read_lines(path)))
+        text = "\n".join(read_lines(path))
+        found[stem] = read_json(text)
+        if text and found[stem] is None:
+            print(f"{path} is left out: it cannot be read")
     probed = ((found["probe"] or {}).get("protocol") or {}).get("step")
     for stem in ("choose", "few"):
         step = (found[stem] or {}).get("step")
@@ -283,6 +288,8 @@ class Embedder:
         self.encoder, self.device = model.encoder, device
         where = (settings["size"], settings["channels"], Path(settings["data_dir"]))
         split, self.test = load(settings["data"], *where)
+        if len(split.class_names) < 2:
+            fail(f"{settings['data']} has no classes any more, and Figs. 5 and 7 need them")
         self.images = sample(split, STATISTICS, seed=0).images
 
     def features(self, index: np.ndarray, t: int) -> Tensor:
@@ -388,8 +395,10 @@ def main(argv: list[str] | None = None) -> None:
     device, seed = pick_device(typed.get("device", "auto")), typed.get("seed", 0)
     runs = [read_run(find_run(name)) for name in dict.fromkeys(typed.get("name", [None]))]
     folder = runs[0].folder if len(runs) == 1 else RUNS
-    logged = [run for run in runs if run.log]
-    if logged:
+    for run in runs:
+        if not run.log:
+            print(f"{run.name} is not in Fig. 6: {run.folder / 'log.jsonl'} has no rows")
+    if logged := [run for run in runs if run.log]:
         figure_6(logged, folder / "fig6.png")
     for run in runs:
         if run.settings["method"] == "tokenizer":
@@ -412,4 +421,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    guard(main)
+    guard(main, "a smaller --limit")

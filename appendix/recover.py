@@ -260,4 +260,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    guard(main)
+    guard(main, "a smaller --n")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, copy_as, fails, write_folder
+from PIL import Image
 
 import data
 import diffusion
@@ -228,6 +229,13 @@ def test_the_table_the_choice_and_the_next_command(trained, capsys):
     assert out.endswith(f"\n{last}\n")
     assert {path.name for path in trained.glob("*.json")} == {"config.json", "choose.json"}
     assert {0, 999} <= set(TIMES) <= set(range(1000)) and len(TIMES) == 20
+
+
+def test_flat_images_are_not_said_to_be_even_with_the_noise(trained, capsys):
+    for path in Path("set/train").rglob("*.png"):
+        Image.new("L", (8, 8), 90).save(path)
+    run()
+    assert "\nt = 0: fine detail is below the noise; next: " in capsys.readouterr().out
 
 
 def test_the_next_command_repeats_what_was_typed(trained, capsys):

@@ -715,11 +715,12 @@ def test_arrays_are_cached_by_their_content(calls):
     assert len(calls) == 80 and isinstance(second[0].images, np.memmap)
 
 
-@pytest.mark.parametrize("change", ["cut", "empty", "garbage", "time", "size", "new file"])
+@pytest.mark.parametrize("change", ["cut", "empty", "garbage", "zip", "time", "size", "new file"])
 def test_a_damaged_cache_and_changed_files_are_decoded_again(calls, change):
     first = np.array(load("set")[0].images)
     (cache,), file = Path("data/cache").iterdir(), Path("set/a/0.png")
     damaged = {"cut": cache.read_bytes()[:-9], "empty": b"", "garbage": b"bad" * 99}
+    damaged["zip"] = b"PK\3\4" * 99
     cache.write_bytes(damaged.get(change, cache.read_bytes()))
     before = file.stat().st_mtime_ns
     if change == "size":
@@ -838,6 +839,9 @@ def test_a_download_is_tried_three_times_and_leaves_nothing(capsys, cifar_server
     cifar_server.plan[f"/one/{ARCHIVE}"] = [BAD[reason], *good]  # now the second try succeeds
     assert len(load("cifar10")[0].images) == 15 and len(cifar_server.requests) == 8
     assert entries("data/cifar10") == ["cifar-10-binary", ARCHIVE]
+    next(Path("data/cifar10").rglob("test_batch.bin")).unlink()
+    words = f"data/cifar10/cifar-10-binary does not hold all of cifar10: delete it, and {ARCHIVE} "
+    assert words in fails(capsys, load, "cifar10")
 
 
 def test_without_a_network_one_line_names_files_and_addresses(monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 import types
 
 import numpy as np
@@ -460,6 +461,8 @@ def test_without_a_probe_it_draws_fig_6_and_names_the_command(folder, capsys):
         error = fails(capsys, figures.main, ["--device", "cpu"])
         assert "no runs/set/probe.json: python probe.py --name set makes it" in error
         assert drawn(run) == ["fig6.png"]
+    figures.read_run(run)
+    assert capsys.readouterr().out == "runs/set/probe.json is left out: it cannot be read\n"
     log = run / "log.jsonl"
     log.write_text(log.read_text() + '{"step": 9, "ima')  # cut by a crash
     assert [row["step"] for row in figures.read_run(run).log] == [1, 2, 3]
@@ -486,10 +489,25 @@ def test_what_it_cannot_draw_gets_one_line(probed, capsys, tmp_path, monkeypatch
     assert "set is a tokenizer, which makes" in fails(capsys, figures.main, ["--name", "set"])
     (probed / "config.json").write_text('{"method": "gan"}')
     assert "a run of gan, which is none of" in fails(capsys, figures.main, ["--name", "set"])
+    (probed / "config.json").write_text('{"method": "di')
+    words = "runs/set/config.json is not there or cannot be read"
+    assert words in fails(capsys, figures.main, ["--name", "set"])
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     words = "error: no run in runs/: start with python train.py\n"
     assert fails(capsys, figures.main, []) == words
+
+
+def test_a_lost_log_and_a_folder_that_lost_its_classes_get_one_line(probed, tmp_path, capsys):
+    for split in ("train", "test"):
+        shutil.rmtree(tmp_path / "set" / split / "class1")
+    (probed / "log.jsonl").unlink()
+    with pytest.raises(SystemExit) as stop:
+        figures.main(["--device", "cpu"])
+    out, error = capsys.readouterr()
+    assert "set is not in Fig. 6: runs/set/log.jsonl has no rows\n" in out
+    said = "error: set has no classes any more, and Figs. 5 and 7 need them\n"
+    assert (stop.value.code, error) == (2, said)
 
 
 def test_a_command_that_is_named_can_be_pasted(tmp_path):

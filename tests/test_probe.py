@@ -580,9 +580,10 @@ def test_the_random_floor_opens_the_branches_that_untrained_has_off(trained, mon
     assert torch.equal(off.stem.weight, on.stem.weight)
 
 
-def test_export_holds_v_t_as_the_encoder_gives_it(trained):
+def test_export_holds_v_t_as_the_encoder_gives_it(trained, capsys):
     train.Path("set/test/class0/00.png").unlink()
     run("--t", "0,400", "--epochs", "1", "--export", "new/out.npz")
+    assert capsys.readouterr().out.endswith(".json, new/out.npz\n")
     model, _ = train.load_model(trained)
     splits = data.load("set", 8, 3, train.Path("data"))
     with np.load("new/out.npz") as file:

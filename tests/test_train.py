@@ -347,6 +347,16 @@ def test_a_resumed_run_may_change_its_precision(folder):
     assert scales == [5, 10, None, 5] and checkpoint("set")["step"] == 25
 
 
+def test_steps_that_fp16_skipped_do_not_end_a_run_that_goes_on_without_it(folder):
+    """Stopped between two rows, its sums still hold them."""
+    run("--data", folder, "--epochs", "2", "--batch-size", "16", "--amp", "fp16")
+    saved = checkpoint("set")
+    saved["sums"][train.SKIPPED] = 1
+    torch.save(saved, train.RUNS / "set/checkpoint.pt")
+    resume("set", "--epochs", "4", "--amp", "off")
+    assert checkpoint("set")["step"] == 10 and rows("set")[-1]["skipped"] == 0
+
+
 def test_moments_of_a_gpus_layout_are_those_of_the_cpu(folder, tmp_path):
     """On CUDA the encoder, and so Adam's moments, lie channels last; fused Adam does not look."""
     flags = ["--data", folder, "--epochs", "4", "--batch-size", "16", "--name"]
@@ -679,7 +689,8 @@ def test_what_goes_wrong_outside_the_program_is_one_line(error, words, capsys):
     def main():
         raise error
 
-    assert words in fails(capsys, train.guard, main)
+    less = "--accum 2 or more, or a smaller --batch-size"
+    assert words in fails(capsys, train.guard, main, less)
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():
@@ -734,6 +745,13 @@ def test_typed_flags_replace_the_presets(tmp_path, monkeypatch, capsys):
     assert {key: result[key] for key in want} == want
     train.main(["--data", "cifar10", "--preset", "cpu", "--dry-run", "--patch", "8"])
     assert "192 values do not fit a token of 128: 33% of the noise" in capsys.readouterr().out
+
+
+def test_a_folder_with_a_space_is_shown_as_it_is(folder, capsys):
+    Path(folder).rename("my pictures")
+    run("--data", "my pictures", "--dry-run")
+    out = " ".join(capsys.readouterr().out.split())  # a long line is wrapped
+    assert " data=my pictures " in out and " mult=[1,2] " in out
 
 
 def test_minutes_are_a_limit_and_epochs_may_be_a_fraction(folder):
@@ -802,6 +820,16 @@ def test_both_scripts_as_a_user_runs_them(folder, tmp_path, monkeypatch):
     done = script("probe.py", "--t", "400", "--epochs", "200", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "t = 400 (given)" in done.stdout and "floors: pixels 100.00" in done.stdout
+
+
+@pytest.mark.parametrize("command, status", [("--help > /dev/full", 2), ("--help | true", 141)])
+def test_what_no_one_can_be_told_leaves_no_traceback(command, status, tmp_path):
+    """Not at the end either, where Python writes what its buffers still hold."""
+    line = f"set -o pipefail; {sys.executable} {ROOT}/train.py {command}"
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    env["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True)
+    assert done.returncode == status and done.stderr.count(b"\n") == (status == 2), done.stderr
 
 
 @pytest.mark.parametrize("rate, last", [("1e-3", "2 steps, 32 images"), ("1e9", "error: the ")])
