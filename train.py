@@ -126,8 +126,6 @@ def train(
     first, row_step, earlier = (counters[key] for key in ("step", "row_step", "seconds"))
     step = first
     sums = saved["sums"].to(device) if saved and rank == 0 else torch.zeros(SUMS, device=device)
-    if amp != "fp16":
-        sums[SKIPPED] = 0.0  # those of an earlier call in fp16 were no error
     log = open_log(folder, counters["log_size"], rank)
     signals = catch_signals(finish_step=True)
     start = row_time = time.monotonic()
@@ -824,6 +822,8 @@ def main(argv: list[str] | None = None) -> None:
     saved = read_checkpoint(folder, dier=True) if resume or restarted(folder) else None
     if saved:
         settings = resolve_resumed(typed, saved["settings"])
+        if settings["amp"] != "fp16":
+            saved["sums"][SKIPPED] = 0.0  # steps that fp16's scaler skipped were no error
     else:
         settings = resolve(typed)
         if (folder / "checkpoint.pt").exists() and not dry_run:
