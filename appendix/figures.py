@@ -96,8 +96,8 @@ def read_json(text: str) -> dict | None:
 
 
 def read_run(folder: Path) -> Run:
-    """Read the files of a run and say where they are of other steps than its probe; exits where it
-    is of no method of this program."""
+    """Read the files of a run; says which cannot be read, and where they are of other steps than
+    its probe. Exits where there is no config.json or it is of no method of this program."""
     settings = read_config(folder)
     if not settings:
         fail(f"{folder / 'config.json'} is not there or cannot be read: train that run anew")

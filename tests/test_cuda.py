@@ -101,7 +101,7 @@ def test_forward_backward_clip_and_adam_stay_on_the_device():
 @pytest.mark.parametrize("method", baselines.METHODS)
 def test_every_compared_method_stays_on_the_device(method):
     typed = {"data": "mnist", "preset": "cpu", "device": "cpu"}
-    settings = train.resolve(typed) | {"method": method} | {"class_names": list("0123456789")}
+    settings = train.resolve(typed) | {"method": method, "class_names": list("0123456789")}
     with META:
         net = baselines.build(method, settings).train()
         x0, abar = torch.empty(4, 1, settings["size"], settings["size"]), torch.empty(1000)

@@ -111,7 +111,7 @@ def test_every_method_takes_steps(method, tmp_path, monkeypatch):
     """The compared methods too: forward, backward, the probe's encoder."""
     monkeypatch.chdir(tmp_path)
     flags = {"data": "mnist", "preset": "cpu", "device": CUDA, "batch_size": 8, "epochs": 1.0}
-    settings = train.resolve(flags) | {"method": method} | {"class_names": list("0123456789")}
+    settings = train.resolve(flags) | {"method": method, "class_names": list("0123456789")}
     images = np.random.default_rng(0).integers(0, 256, (24, 1, 16, 16), np.uint8)
     split = data.Split(images, np.arange(24) % 10, None, settings["class_names"])
     loss_fn = baselines.METHODS[method][1]

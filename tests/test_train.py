@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from functools import partial
 from pathlib import Path
 
@@ -402,7 +403,12 @@ def test_processes_take_their_part_of_the_draws_and_dropout_of_their_own(folder,
         return train.dier_loss(net, x0, t, eps, abar)
 
     monkeypatch.setattr(train, "ranks", lambda: (rank, 2, rank))
-    monkeypatch.setattr(train, "DistributedDataParallel", lambda net, **_: net)
+
+    def wrapped(net, broadcast_buffers):
+        assert not broadcast_buffers  # the DiT's positions never change
+        return net
+
+    monkeypatch.setattr(train, "DistributedDataParallel", wrapped)
     monkeypatch.setattr(train.dist, "all_reduce", lambda sums: None)
     monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or real(seed))
     (train.RUNS / "set").mkdir(parents=True)
@@ -778,6 +784,14 @@ def test_time_left_is_said_from_the_twentieth_step_and_never_negative(
     train.show_row(row, 110, 10, spent, limit, again=True)
     line = f"step {step} of 110, epoch 0.25, loss 0.5000, 1,234 images/s{words}\n"
     assert capsys.readouterr().out == line
+
+
+def test_the_gpu_that_was_asked_for_is_the_one_that_answers(monkeypatch):
+    """What torch.cuda tells of itself it tells of the current GPU."""
+    second, current = torch.device("cuda:1"), []
+    monkeypatch.setattr(torch, "empty", lambda *_, device: types.SimpleNamespace(device=second))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert train.pick_device("cuda:1") == second and current == [second]
 
 
 def test_auto_precision_follows_the_hardware(monkeypatch):
