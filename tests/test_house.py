@@ -9,6 +9,7 @@ import re
 import statistics
 import sys
 from fnmatch import fnmatch
+from functools import cache
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ README = ROOT / "README.md"
 needs_readme = pytest.mark.skipif(not README.exists(), reason="README.md is not written yet")
 
 
+@cache
 def parse(path):
     """The syntax tree of a file."""
     return ast.parse(path.read_text())

@@ -7,11 +7,13 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -180,8 +182,9 @@ def interrupt_at(step, monkeypatch, number=signal.SIGINT, times=1):
     monkeypatch.setattr(train, "draw", draw)
 
 
-STOPS = [("off", signal.SIGTERM, 24, 17), ("bf16", signal.SIGINT, 39, 17)]  # off a row, at one
+STOPS = [("off", signal.SIGTERM, 21, 10), ("bf16", signal.SIGINT, 19, 10)]  # off a row, at one
 MORE = [("off", signal.SIGINT, 12, 9), ("fp16", signal.SIGINT, 22, 10)]
+MORE += [("off", signal.SIGTERM, 24, 17), ("bf16", signal.SIGINT, 39, 17)]
 STOPS += [pytest.param(*stop, marks=pytest.mark.slow) for stop in MORE]
 
 
@@ -360,9 +363,8 @@ def test_steps_that_fp16_skipped_do_not_end_a_run_that_goes_on_without_it(folder
 
 def test_moments_of_a_gpus_layout_are_those_of_the_cpu(folder, tmp_path):
     """On CUDA the encoder, and so Adam's moments, lie channels last; fused Adam does not look."""
-    flags = ["--data", folder, "--epochs", "4", "--batch-size", "16", "--name"]
-    run(*flags, "here")
-    run(*flags, "there")
+    run("--data", folder, "--epochs", "4", "--batch-size", "16", "--name", "here")
+    shutil.copytree(train.RUNS / "here", train.RUNS / "there")
     saved, turned = checkpoint("there"), 0
     for moments in saved["optimizer"]["state"].values():
         for key in ("exp_avg", "exp_avg_sq"):
@@ -849,14 +851,20 @@ def test_only_runs_of_dier_are_found(folder, tmp_path, capsys):
 
 
 def test_both_scripts_as_a_user_runs_them(folder, tmp_path, monkeypatch):
-    """In a terminal that knows ASCII alone."""
+    """In a terminal that knows ASCII alone; both at once, since each of them imports torch anew."""
     (tmp_path / "set").rename(tmp_path / "größe")
+    run("--data", "größe", "--epochs", "1", "--name", "earlier")
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    done = script("train.py", "--data", "größe", *TINY, "--epochs", "20", cwd=tmp_path)
+    train_words = "train.py", "--data", "größe", *TINY, "--epochs", "2"
+    probe_words = "probe.py", "--name", "earlier", "--t", "400", "--epochs", "20"
+    with ThreadPoolExecutor(2) as pool:
+        trained = pool.submit(script, *train_words, cwd=tmp_path)
+        probed = pool.submit(script, *probe_words, cwd=tmp_path)
+    done = trained.result()
     assert done.returncode == 0, done.stderr
     assert "preset cpu" in done.stdout and "gr\\xf6\\xdfe: " in done.stdout
     assert done.stdout.splitlines()[-1].endswith("next: python probe.py")
-    done = script("probe.py", "--t", "400", "--epochs", "200", cwd=tmp_path)
+    done = probed.result()
     assert done.returncode == 0, done.stderr
     assert "t = 400 (given)" in done.stdout and "floors: pixels 100.00" in done.stdout
 
