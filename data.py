@@ -533,6 +533,7 @@ def read_picture(path: Path) -> tuple[Image.Image, int | None, bool]:
     """
     try:
         with Image.open(path) as file:
+            file.filename = ""  # else Pillow maps raw pixels, and cuts a turned TIFF's rows wrongly
             several = file.format != "MPO" and getattr(file, "n_frames", 1) > 1  # MPO: iPhones'
             file.load()
             turn = None

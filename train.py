@@ -66,6 +66,7 @@ from model import COLUMNS, PRESETS, DiER, ModelConfig, table_row
 RUNS = Path("runs")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAVE_SECONDS = 60.0  # between two checkpoints; many processes save at the next row
+SAVE_SHARE = 0.05  # of the time at most: Table 4's largest checkpoint has 5.7 GB
 PREVIEW_SECONDS = 150.0  # between two previews, which on a CPU can cost as much as steps do
 ROW_STEPS = 20  # a row of the log for each of the first 20 steps, then for every 20th
 # Layout of the sums that training keeps on the device: 0-9 loss and 10-19 images, by tenth of t,
@@ -121,7 +122,7 @@ def train(
     parts = make_parts(net.to(device).train(), settings, device, saved)
     ema, optimizer, scaler = parts["ema"], parts["optimizer"], parts["scaler"]
     params, ema_params = list(net.parameters()), list(ema.parameters())
-    model = net if processes == 1 else DistributedDataParallel(net, broadcast_buffers=False)
+    model = net if processes == 1 else DistributedDataParallel(net)
     counters = saved or {"step": 0, "row_step": 0, "log_size": 0, "seconds": 0.0}
     first, row_step, earlier = (counters[key] for key in ("step", "row_step", "seconds"))
     step = first
@@ -130,7 +131,7 @@ def train(
     signals = catch_signals(finish_step=True)
     start = row_time = time.monotonic()
     deadline = start + (60 * settings["minutes"] or math.inf)
-    saved_at = shown_at = drawn_at = -math.inf
+    save_at = shown_at = drawn_at = -math.inf
     stop = step >= last
     while not stop:
         # t, flips and eps depend on (seed, step) alone, for the global batch: any number of ranks
@@ -183,7 +184,7 @@ def train(
             sums.zero_()
 
         # Save at the first row, every minute and at the end.
-        if rank == 0 and decides and (stop or now - saved_at > SAVE_SECONDS):
+        if rank == 0 and decides and (stop or now > save_at):
             read_finite(sums, settings, row_step + 1, step, folder)  # no NaN is saved
             counters = {"step": step, "row_step": row_step, "log_size": log.tell()}
             counters |= {"seconds": earlier + now - start, "sums": sums.cpu(), "settings": settings}
@@ -191,7 +192,7 @@ def train(
             if loss_fn is dier_loss and (stop or now - drawn_at > PREVIEW_SECONDS):
                 preview(ema, images, settings, abar, folder / "preview.png")
                 drawn_at = now
-            saved_at = time.monotonic()  # a save can take long
+            save_at = now + max(SAVE_SECONDS, (time.monotonic() - now) / SAVE_SHARE)
         if at_row and (sys.stdout.isatty() or now - shown_at > 10 or stop):  # may fail: a pipe
             show_row(row, last, first, now - start, deadline - now, again=shown_at > 0)
             shown_at = now
@@ -625,7 +626,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if torch.device(name).type in ("cpu", "cuda"):
-            device = torch.empty(1, device=name).device
+            device = torch.ones(1, device=name).device  # a kernel, as not all GPUs have ours
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             return device
@@ -692,7 +693,8 @@ def describe(settings: dict, counts: dict[str, int], folder: Path, auto: bool) -
     """Print what will be trained, every resolved value included."""
     small = settings["preset"] == "cpu"
     why = "no GPU: " if auto and small and not torch.cuda.is_available() else ""
-    more = "; --preset paper for Table 4" if small else ""
+    other = "paper for Table 4" if small else "cpu for the small network of README's ladder"
+    more = f"; --preset {other}" if auto else ""
     total, encoder = sum(counts.values()) / 1e6, counts["encoder"] / 1e6
     networks = f"{total:.1f}M parameters, of which the encoder has {encoder:.2f}M"
     print(f"{why}preset {settings['preset']}, {networks}{more}")
@@ -705,6 +707,9 @@ def describe(settings: dict, counts: dict[str, int], folder: Path, auto: bool) -
     if hidden < values:
         lost = f"{1 - hidden / values:.0%} of the noise of a patch stays in the loss"
         print(f"{values} values do not fit a token of {hidden}: {lost}; give a smaller --patch")
+    sides = [settings["size"] >> level for level in range(len(settings["mult"]))]
+    for side in sorted({*settings["attention"]} - {*sides}):
+        print(f"no level of the encoder has --attention {side}: their sides are {sides}")
 
 
 # ---------------------------------------------------------------------------- command line

@@ -98,7 +98,7 @@ def write_script(tmp_path):
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os, train\n"
         "name = 'pid-' + os.environ['RANK'] + '-' + os.environ['TORCHELASTIC_RESTART_COUNT']\n"
         "open(name, 'w').write(str(os.getpid()))\n"
-        "train.SAVE_SECONDS = 0.3\ntrain.guard(train.main)\n"
+        "train.SAVE_SECONDS = 0.3\ntrain.SAVE_SHARE = 1\ntrain.guard(train.main)\n"
     )
     return str(path)
 

@@ -297,6 +297,7 @@ def test_ctrl_c_saves_though_it_ends_the_reader_of_the_output_too(folder, monkey
 def test_ten_kills_at_random_moments_end_bit_equal(folder, tmp_path):
     """kill -9, wherever it strikes, also in the middle of a save, loses nothing but time."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; train.SAVE_SECONDS = 0.1;"
+    code += "train.SAVE_SHARE = 1;"
     code += "train.guard(train.main)"
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     base = [sys.executable, "-c", code]
@@ -405,12 +406,7 @@ def test_processes_take_their_part_of_the_draws_and_dropout_of_their_own(folder,
         return train.dier_loss(net, x0, t, eps, abar)
 
     monkeypatch.setattr(train, "ranks", lambda: (rank, 2, rank))
-
-    def wrapped(net, broadcast_buffers):
-        assert not broadcast_buffers  # the DiT's positions never change
-        return net
-
-    monkeypatch.setattr(train, "DistributedDataParallel", wrapped)
+    monkeypatch.setattr(train, "DistributedDataParallel", lambda net: net)
     monkeypatch.setattr(train.dist, "all_reduce", lambda sums: None)
     monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or real(seed))
     (train.RUNS / "set").mkdir(parents=True)
@@ -424,7 +420,7 @@ def test_processes_take_their_part_of_the_draws_and_dropout_of_their_own(folder,
 
 
 def test_a_slow_save_does_not_make_every_step_save(folder, monkeypatch):
-    """The time between two saves counts from the end of the first."""
+    """Saving takes SAVE_SHARE of the time at most."""
     real, saves, now = train.save, [], [0.0]
 
     def clock():
@@ -433,14 +429,16 @@ def test_a_slow_save_does_not_make_every_step_save(folder, monkeypatch):
 
     def save(*args):
         real(*args)
-        now[0] += 0.5
         saves.append(now[0])
+        now[0] += 0.06
 
     monkeypatch.setattr(train, "save", save)
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0.1)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.01)
+    monkeypatch.setattr(train, "SAVE_SHARE", 0.5)
     monkeypatch.setattr(train.time, "monotonic", clock)
     run("--data", folder, "--epochs", "10", "--batch-size", "16")  # 25 steps of 0.01 s or more
-    assert 2 < len(saves) < 10
+    assert 3 < len(saves) < 15
+    assert all(b - a > 0.12 for a, b in zip(saves[:-1], saves[1:-1]))  # the last is at the end
 
 
 def test_resume_finds_data_that_moved_and_refuses_data_that_changed(folder, tmp_path, capsys):
@@ -780,6 +778,30 @@ def test_typed_flags_replace_the_presets(tmp_path, monkeypatch, capsys):
     assert "192 values do not fit a token of 128: 33% of the noise" in capsys.readouterr().out
 
 
+def test_attention_that_no_level_of_the_encoder_has_is_said(capsys):
+    def said(**typed):
+        settings = train.resolve({"device": "cpu", **typed})
+        train.describe(settings, {"encoder": 1, "dit": 1}, Path("runs/a"), auto=False)
+        return "no level of the encoder has" in capsys.readouterr().out
+
+    for name in ("mnist", "tiny-imagenet", "bccd"):
+        assert not said(data=name, preset="cpu") and not said(data=name, preset="paper")
+    assert said(data="mnist", preset="cpu", size=32)  # 32, 16, 8; the preset's is at 4
+    assert not said(data="mnist", preset="cpu", size=32, attention=[8])
+
+
+@pytest.mark.parametrize(("gpu", "preset", "other"), [(0, "cpu", "paper"), (1, "paper", "cpu")])
+def test_a_preset_that_nobody_typed_names_the_other(gpu, preset, other, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+    monkeypatch.setattr(train, "pick_device", lambda _: torch.device("cuda" if gpu else "cpu"))
+    monkeypatch.setattr(train, "pick_amp", lambda *_: "off")
+    for auto in (True, False):
+        train.describe(train.resolve({}), {"encoder": 1, "dit": 1}, Path("runs/a"), auto)
+        line = capsys.readouterr().out.splitlines()[0]
+        assert line.startswith("no GPU: " * (auto and not gpu) + f"preset {preset}, ")
+        assert (f"; --preset {other} for" in line) == auto
+
+
 def test_a_folder_with_a_space_is_shown_as_it_is(folder, capsys):
     Path(folder).rename("my pictures")
     run("--data", "my pictures", "--dry-run")
@@ -816,9 +838,21 @@ def test_time_left_is_said_from_the_twentieth_step_and_never_negative(
 def test_the_gpu_that_was_asked_for_is_the_one_that_answers(monkeypatch):
     """What torch.cuda tells of itself it tells of the current GPU."""
     second, current = torch.device("cuda:1"), []
-    monkeypatch.setattr(torch, "empty", lambda *_, device: types.SimpleNamespace(device=second))
+    monkeypatch.setattr(torch, "ones", lambda *_, device: types.SimpleNamespace(device=second))
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert train.pick_device("cuda:1") == second and current == [second]
+
+
+def test_a_gpu_that_the_installed_torch_was_not_built_for_is_refused(monkeypatch, capsys):
+    """It gives memory, and fails at the first kernel."""
+    text = "CUDA error: no kernel image is available for execution on the device"
+
+    def ones(*_, device):
+        raise RuntimeError(f"{text}\nCompile with `TORCH_USE_CUDA_DSA`")
+
+    monkeypatch.setattr(torch, "ones", ones)
+    said = f"--device cuda does not work here ({text}); use --device cpu"
+    assert said in fails(capsys, train.pick_device, "cuda")
 
 
 def test_auto_precision_follows_the_hardware(monkeypatch):
@@ -905,6 +939,7 @@ def test_previews_show_the_images_and_leave_the_training_bits_unchanged(folder, 
     args = ["--data", folder, "--epochs", "8", "--batch-size", "16", "--dropout", "0.2"]
     run(*args, "--name", "few")
     monkeypatch.setattr(train, "SAVE_SECONDS", -1.0)  # a checkpoint and a preview at each step
+    monkeypatch.setattr(train, "SAVE_SHARE", math.inf)
     run(*args, "--name", "many")
     assert rows("few") == rows("many")
     assert_same(checkpoint("few"), checkpoint("many"))
