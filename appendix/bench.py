@@ -44,8 +44,11 @@ import train
 from appendix.baselines import flops_per_image
 from data import SETS, batch_index, fail, get_batch, on_device, progress, write_json
 from model import PRESETS
-from tests.reference import PlainDiER, PlainTraining
 from train import ROW_STEPS
+
+# not `from tests.reference`: some installed packages bring a package called tests with them
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from reference import PlainDiER, PlainTraining  # noqa: E402
 
 TURNS, SECONDS = 5, 2.5  # turns of each side, and about how long one is
 WARMUP = 3  # steps of a turn that do not count: first calls, and a checkpoint after the first

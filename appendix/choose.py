@@ -271,17 +271,18 @@ def main(argv: list[str] | None = None) -> None:
         rows.append({"snr": ratios[each].item()} | measure(model, x0, each, abar))
     print_rows(rows)
     name = typed.get("data", settings["data"])
-    result = {"name": str(folder.relative_to(RUNS)), "data": name, "images": len(x0)}
+    result = {"name": str(folder.relative_to(RUNS)), "data": name}
     result |= {"power": power, "chosen_t": t, "step": saved["step"]}
     result |= origin(["-m", "appendix.choose", *argv], str(device))
-    files = {"choose": rows}
+    files = {"choose": {"images": len(x0), "rows": rows}}
     if "few" in typed:
-        files["few"] = few_labels(model, settings, splits, t, device)
-        print_few(files["few"], t)
+        few = few_labels(model, settings, splits, t, device)
+        files["few"] = {"images": min(TESTED, len(splits[1].images)), "rows": few}
+        print_few(few, t)
     other = "" if name == settings["data"] else f"-data-{probe.file_word(name)}"
     for stem, content in files.items():
         path = folder / f"{stem}{other}.json"
-        write_json(path, result | {"rows": content})
+        write_json(path, result | content)
         print(f"saved: {path}")
     if "export" in typed:
         export(typed["export"], model, splits, t, device)

@@ -6,8 +6,9 @@ A convolutional stem and a ViT see the visible patches; a decoder predicts HOG o
 an MLP that of the visible ones. The feature is the mean of the last block's tokens of a whole
 image, without what the stem adds to it, then normalised. The published code compares a visible
 patch with another patch's HOG, as it mixes two orders; here, as in the paper, with its own. Norms
-before a linear layer have no affine parameters. On 4 x 4 patches, as in the cpu presets, single
-ones are hidden and not 2 x 2; those presets' convolutional MLPs are 4 times as wide, not 8.
+before a linear layer have no affine parameters. On 4 x 4 patches, as of 16 pixels (preset cpu),
+single ones are hidden and not 2 x 2; the cpu presets' convolutional MLPs are 4 times as wide and
+not 8.
 
 Shapes: B batch, C channels, H W pixels, N tokens in row-major order, M of them visible, Q hidden,
 D width, G cells a side.

@@ -110,7 +110,8 @@ def read_run(folder: Path) -> Run:
     for stem in ("probe", "choose", "few"):
         path = folder / f"{stem}.json"
         text = "\n".join(read_lines(path))
-        found[stem] = read_json(text)
+        value = read_json(text)
+        found[stem] = value if value and "rows" in value else None
         if text and found[stem] is None:
             print(f"{path} is left out: it cannot be read")
     probed = ((found["probe"] or {}).get("protocol") or {}).get("step")
@@ -367,10 +368,9 @@ def figure_7(run: Run, embedder: Embedder, limit: int, seed: int, path: Path) ->
 
 def probe_command(run: Run) -> str:
     """What makes the probe.json of a run."""
-    if run.settings["method"] == "dier":
-        return f"python probe.py --name {shlex.quote(run.name)}"
-    method, data = run.settings["method"], run.settings["data"]
-    return f"python -m appendix.baselines --data {shlex.quote(data)} --method {method}"
+    if run.settings["method"] != "dier":
+        return "its table's command, when stage-1.json and cell.json there are deleted,"
+    return f"python probe.py --name {shlex.quote(run.name)}"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,7 +10,8 @@
 Decoding walks from x_999 to the image with v_t = Encoder(x_0, t) of the true image at each step.
 From *random noise* x_999 ~ N(0, I) the picture shows what v alone knows. From the *stochastic
 code*, which DDIM inversion makes of x_0, v and noise together give x_0 back, up to the error of the
-inversion. x_0-hat is clipped when decoding from noise and never otherwise. MSE and PSNR are of
+inversion. x_0-hat is clipped where x_999 is random noise, and in one-step estimates; never on the
+way to a code and back. MSE and PSNR are of
 pixels in 0..1, each the mean over the images.
 
 The picture is recover.png or recover-MODE.png in the run's folder.

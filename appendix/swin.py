@@ -5,10 +5,11 @@ and are merged four to one from stage to stage.
 
 Only visible units enter, and each stage predicts HOG in cells of one of its tokens. The feature is
 the mean of the last stage's tokens of a whole image, then normalised. What differs from the
-published model: norms have no affine parameters, which the next linear layer absorbs; the patch is
-a 32nd of an image up to 64 pixels (a 16th in the cpu presets, which have three stages), as the last
-stage needs units to hide; the windows are 4 x 4, and 8 x 8 at 256 pixels; all decoders of a network
-are equally wide.
+published model: norms have no affine parameters, as the next linear layer absorbs them (but for the
+patches' norm, whose output is the residual stream, and for the shift before a merge, which has no
+bias); the patch is a 32nd of an image up to 64 pixels (a 16th in the cpu presets, which have three
+stages), as the last stage needs units to hide; the windows are 4 x 4, and 8 x 8 at 256 pixels; all
+decoders of a network are equally wide.
 
 Shapes: B batch, C channels, H W pixels, N tokens, M of them visible, D width, W windows of at most
 L tokens.
@@ -96,13 +97,7 @@ class Swin(nn.Module):
         super().__init__()
         self.patch, self.window, merges = cfg.patch, cfg.window, len(cfg.depths) - 1
         self.unit = 4**merges  # tokens
-        pixels = cfg.patch * 2**merges
-        if cfg.size % pixels or cfg.size < 2 * pixels:
-            raise ValueError(
-                f"size {cfg.size} has no 2 x 2 units of {pixels} pixels: give a multiple of "
-                f"{pixels} from {2 * pixels} on"
-            )
-        side = cfg.size // pixels
+        side = cfg.size // (cfg.patch * 2**merges)
         coords = torch.cartesian_prod(*2 * [torch.arange(side, device="cpu")])  # of the units
         square = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]], device="cpu")
         for _ in range(merges):

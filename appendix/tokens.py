@@ -6,10 +6,11 @@
 
     python -m appendix.baselines --method tokenizer cae mage
 
-What differs from the published models: the tokenizer learns from the same images (CAE's was DALL-E,
-MAGE's of ImageNet); norms before a linear layer have no affine parameters; CAE has no drop path;
-MAGE's dropout follows attention and MLPs and is not inside them (the cpu presets have none); the
-tokenizer's reconstruction error is over the variance of the batch, not of the whole set.
+What differs from the published models: the tokenizer is a VQ-VAE of 256 to 1,024 codes that learns
+from the same images (CAE's was DALL-E's dVAE of 8,192 codes, MAGE's a VQGAN of 1,024 that learned
+from ImageNet), and its reconstruction error is over the variance of the batch, not of the whole
+set; norms before a linear layer have no affine parameters; CAE has no drop path; MAGE's dropout
+follows attention and MLPs and is not inside them (the cpu presets have none).
 
 Shapes: B batch, C channels, H W pixels, N tokens in row-major order, M of them visible, Q hidden,
 D width, K codes, E width of a code, G cells a side.
@@ -48,18 +49,17 @@ class Residual(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """VQ-VAE (van den Oord et al. 2017) with one code a patch: x0 (B, C, H, W) -> its loss (B,).
+    """VQ-VAE (van den Oord et al. 2017) with one code a patch of 2, 4, 8 or 16 pixels: x0
+    (B, C, H, W) -> its loss (B,).
 
     The codebook is the moving average of each code's vectors. It moves in training mode only, in
     which a tokenizer with frozen weights never is. Buffers are not in train.py's average of the
-    weights: load the raw ones. Raises ValueError where the patch is no power of two.
+    weights: load the raw ones.
     """
 
     def __init__(self, cfg: ViTConfig, width: int, code: int, codes: int):
         super().__init__()
         halvings = cfg.patch.bit_length() - 1
-        if cfg.patch < 2 or cfg.patch != 2**halvings:
-            raise ValueError(f"patch {cfg.patch}: the tokenizer takes a patch of 2, 4, 8 or 16")
         self.side = cfg.size // cfg.patch
         widths = [cfg.channels, *[width // 2] * (halvings - 1), width]
         down, up = [], []
@@ -385,7 +385,7 @@ def table_row(settings: dict) -> tuple:
 
 
 def build_tokenizer(settings: dict) -> Tokenizer:
-    """The tokenizer in the sizes of the settings. These and others raise ValueError."""
+    """The tokenizer in the sizes of the settings."""
     return Tokenizer(vit_config(settings), *table_row(settings)[0])
 
 

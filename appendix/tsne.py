@@ -113,13 +113,3 @@ def tsne(x: Tensor, perplexity: float = PERPLEXITY, iterations: int = ITERATIONS
         y = y + velocity
         y = y - y.mean(0)
     return y
-
-
-def trustworthiness(x: Tensor, y: Tensor, k: int = 12) -> float:
-    """How many of the k nearest neighbours in y (N, 2) are near in x (N, D) too, 1 for all
-    (Venna and Kaski, 2001). Needs k < N / 2."""
-    n = len(x)
-    rank = squared_distances(x, x).fill_diagonal_(-1.0).argsort(1).argsort(1)  # own: 0, nearest: 1
-    near = squared_distances(y, y).fill_diagonal_(math.inf).topk(k, 1, largest=False).indices
-    excess = (rank.gather(1, near) - k).clamp(min=0).sum().item()
-    return 1.0 - 2.0 / (n * k * (2 * n - 3 * k - 1)) * excess

@@ -29,8 +29,7 @@ DIFFAE_V = 512  # length of Diff-AE's v (Sec. A.2)
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of the U-Net and of Diff-AE's encoder, the columns of Table 5. Raises ValueError where
-    they do not fit."""
+    """Sizes of the U-Net and of Diff-AE's encoder, the columns of Table 5."""
 
     size: int  # images are size x size
     channels: int
@@ -41,25 +40,6 @@ class UNetConfig:
     attention: tuple[int, ...]  # resolutions with self-attention in both
     heads: int
     dropout: float  # in the U-Net
-
-    def __post_init__(self) -> None:
-        levels = {*self.mult, *self.enc_mult}
-        if self.base % 2 or any(self.base * m % self.heads for m in levels):
-            raise ValueError(f"base {self.base} x mult does not divide into {self.heads} heads")
-        for mult in (self.mult, self.enc_mult):
-            if self.size % 2 ** (len(mult) - 1):
-                raise ValueError(f"size {self.size} cannot be halved {len(mult) - 1} times")
-        # A block of the decoder reads its own level's width and that of a skip connection, which
-        # is of the same level or of a neighbour.
-        neighbours = zip(self.mult, (*self.mult[1:], self.mult[-1]))
-        joined = {n for a, b in neighbours for n in (2 * a, a + b)}
-        for width in (self.base * m for m in sorted(levels | joined)):
-            groups = max(1, min(32, width // 4))
-            if width % groups:
-                raise ValueError(
-                    f"U-Net width {width} (base {self.base} x mult, joined with a skip connection "
-                    f"or not) does not divide into {groups} groups: take a multiple of 32 as base"
-                )
 
 
 # ---------------------------------------------------------------------------- U-Net

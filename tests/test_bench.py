@@ -4,10 +4,12 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import TINY, fails
+from conftest import ROOT, TINY, fails
 
 import train
 from appendix import bench
@@ -127,6 +129,17 @@ def test_bad_input_is_one_line(capsys):
         (["--growth"], "unrecognized arguments: --growth"),
     ]:
         assert words in fails(capsys, bench.main, flags)
+
+
+@pytest.mark.slow
+def test_an_installed_package_called_tests_does_not_stand_in_the_way(tmp_path):
+    """Badly packed wheels bring one, and a package wins against a folder without __init__.py."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/__init__.py").touch()
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "appendix.bench", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 class Killed(bench.Program):

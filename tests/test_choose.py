@@ -267,9 +267,13 @@ def test_no_label_is_read_without_a_flag_that_needs_it(trained, monkeypatch):
         run("--few")
 
 
-def test_few_labels_beside_pixels_and_a_random_encoder(trained, capsys):
+def test_few_labels_beside_pixels_and_a_random_encoder(trained, monkeypatch, capsys):
+    monkeypatch.setattr(choose, "TESTED", 30)
     run("--few")
     result = json.loads((trained / "few.json").read_text())
+    assert (
+        result["images"] == 30 and json.loads((trained / "choose.json").read_text())["images"] == 40
+    )
     rows = result["rows"]
     order = [(kind, n) for kind in ("v", "random", "pixels") for n in (1, 5, 10)]
     assert [(row["features"], row["each"]) for row in rows] == order  # of 20 images a class

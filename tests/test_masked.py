@@ -400,16 +400,3 @@ def test_each_method_overfits_sixteen_images(name):
         optimizer.step()
         losses.append(loss.mean().item())
     assert np.mean(losses[-5:]) < 0.9 * constant, (losses[-5:], constant)
-
-
-@pytest.mark.parametrize("build, words", [
-    (lambda: ViTConfig(18, 1, 4, 32, 4, 2, 32, 1), "give a multiple of 4 from 8 on"),
-    (lambda: ViTConfig(4, 1, 4, 32, 4, 2, 32, 1), "give a multiple of 4 from 8 on"),
-    (lambda: ViTConfig(16, 1, 4, 30, 4, 2, 32, 1), "hidden 30 is not a multiple of 4 x heads 2"),
-    (lambda: ViTConfig(16, 1, 4, 32, 4, 2, 40, 1), "dec_hidden 40 not of 32"),
-    (lambda: LMIM(ViTConfig(20, 1, 4, 32, 4, 2, 32, 1)), "patch 4: give a multiple of 16"),
-    (lambda: swin.Swin(SWIN._replace(size=18)), "give a multiple of 4 from 8 on"),
-])  # fmt: skip
-def test_sizes_that_do_not_fit_name_those_that_do(build, words):
-    with pytest.raises(ValueError, match=words):
-        build()

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from reference import PlainDiER, PlainTraining
 
 import data
 import model as M
 import train
-from tests.reference import PlainDiER, PlainTraining
 
 CPU = torch.device("cpu")
 MNIST = ["--data", "mnist", "--batch-size", "8"]

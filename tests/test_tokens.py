@@ -153,12 +153,6 @@ def test_tokenizer_has_one_code_a_patch_in_row_major_order(patch, size):
         assert np.argmax(quarters) == 1
 
 
-@pytest.mark.parametrize("patch, size", [(3, 12), (6, 12), (1, 4)])
-def test_tokenizer_names_the_patches_it_takes(patch, size):
-    with pytest.raises(ValueError, match="takes a patch of 2, 4, 8 or 16"):
-        tokens.Tokenizer(replace(CONFIG, patch=patch, size=size), 16, 8, 32)
-
-
 def test_codes_are_the_nearest_of_all_under_autocast_too():
     net = tokenizer()
     net.codebook.copy_(10 + torch.randn(32, 8) * 1e-2)  # too close for half precision
