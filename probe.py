@@ -87,7 +87,7 @@ def encode(
     size = max(1, min(BLOCK, BLOCK * 64**2 // math.prod(images.shape[2:])))
     blocks = range(0, len(images), size)
     for first in progress(
-        blocks, f"encoding {what}", len(images), "images", lambda: size * len(parts)
+        blocks, f"encoding {what}", len(images), "images", lambda: sum(map(len, parts))
     ):
         block = np.array(images[first : first + size])  # a copy: torch wants no read-only memory
         x0 = to_float(torch.from_numpy(block).to(device))

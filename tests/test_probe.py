@@ -54,7 +54,16 @@ def test_encoding_uses_eval_mode_and_leaves_the_weights_alone(amp, tolerance, mo
     before = {name: p.clone() for name, p in encoder.state_dict().items()}
     images = np.random.default_rng(0).integers(0, 256, (probe.BLOCK + 50, 1, 8, 8), dtype=np.uint8)
     images.flags.writeable = False  # as a memory-mapped cache is
+    shown = []
+
+    def progress(items, what, total, unit, done):
+        for item in items:
+            yield item
+            shown.append(f"{done()} of {total}")
+
+    monkeypatch.setattr(probe, "progress", progress)
     v_0, again, v_999 = (probe.encode(encoder, images, t, CPU, "") for t in (0, 0, 999))
+    assert shown == 3 * ["250 of 300", "300 of 300"]
     assert v_0.shape == (300, 1024) and v_0.dtype == torch.half and not v_0.requires_grad
     assert torch.equal(v_0, again) and not torch.allclose(v_0, v_999) and not encoder.training
     alone = encoder(data.to_float(torch.from_numpy(images[299:].copy())), torch.tensor([999]))
