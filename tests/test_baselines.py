@@ -366,7 +366,7 @@ def test_a_cell_leaves_what_train_and_probe_leave(tiny, folder, capsys):
         net, saved = train.load_model(run, baselines.METHODS[name][0])
         assert saved["step"] == 20 and not net.training
         check_cell(cell, run)
-    assert read(RUNS / "set.json")["probe"].endswith(" labels, 12 epochs")
+    assert read(RUNS / "set.json")["probe"].endswith(", 40 labels, 12 epochs")
     assert "no run in runs" in fails(capsys, probe.main, [])  # baselines are not DiER's newest run
     name = ["--name", "baselines/set-mae-0"]
     assert "has the runs of tables" in fails(capsys, train.main, [*name, "--resume"])
