@@ -183,7 +183,7 @@ def train(
             row_step, row_time = step, now
             sums.zero_()
 
-        # Save at the first row, every minute and at the end.
+        # Save at the first row, every minute (less often where it takes long) and at the end.
         if rank == 0 and decides and (stop or now > save_at):
             read_finite(sums, settings, row_step + 1, step, folder)  # no NaN is saved
             counters = {"step": step, "row_step": row_step, "log_size": log.tell()}
@@ -709,7 +709,7 @@ def describe(settings: dict, counts: dict[str, int], folder: Path, auto: bool) -
         print(f"{values} values do not fit a token of {hidden}: {lost}; give a smaller --patch")
     sides = [settings["size"] >> level for level in range(len(settings["mult"]))]
     for side in sorted({*settings["attention"]} - {*sides}):
-        print(f"no level of the encoder has --attention {side}: their sides are {sides}")
+        print(f"--attention {side} has no effect: the sides of the encoder's levels are {sides}")
 
 
 # ---------------------------------------------------------------------------- command line

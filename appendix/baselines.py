@@ -153,11 +153,6 @@ TIMELESS = ("dier-notime", "dier-unet-notime", "diffae", "mae", "lmim", "lmim-sw
 TIMELESS += ("mage", "supervised", "untrained", "pca", "pixels")
 
 
-def build(name: str, settings: dict) -> nn.Module:
-    """The module of a method."""
-    return METHODS[name][0](settings)
-
-
 def convolution_backward_flops(
     grad: list[int], x: list[int], weight: list[int], *rest: Any, **_: Any
 ) -> int:
@@ -173,7 +168,7 @@ def flops_per_image(name: str, settings: dict) -> int:
     """Floating point operations of forward and backward for one training image, counted on the meta
     device, where tensors have shapes and no numbers."""
     with torch.device("meta"):
-        net = build(name, settings)
+        net = METHODS[name][0](settings)
         x0 = torch.empty(2, settings["channels"], settings["size"], settings["size"])
         t, abar = torch.zeros(2, dtype=torch.int64), torch.empty(T)  # t stands for labels, too
     torch.manual_seed(0)  # the cost of a Swin varies a little with the mask
@@ -274,7 +269,7 @@ def train_run(table: Table, settings: dict, folder: Path, share: float) -> None:
     with train.claim(folder):
         saved = train.read_checkpoint(folder) if (folder / "checkpoint.pt").exists() else None
         torch.manual_seed(settings["seed"])
-        net = build(name, settings)
+        net = METHODS[name][0](settings)
         if name in READERS and not saved:
             tokenizer = train.read_checkpoint(tokenizer_run(table, settings))
             train.restore(net.tokenizer, tokenizer["raw"])  # its buffers are not averaged

@@ -11,8 +11,7 @@ Decoding walks from x_999 to the image with v_t = Encoder(x_0, t) of the true im
 From *random noise* x_999 ~ N(0, I) the picture shows what v alone knows. From the *stochastic
 code*, which DDIM inversion makes of x_0, v and noise together give x_0 back, up to the error of the
 inversion. x_0-hat is clipped where x_999 is random noise, and in one-step estimates; never on the
-way to a code and back. MSE and PSNR are of
-pixels in 0..1, each the mean over the images.
+way to a code and back. MSE and PSNR are of pixels in 0..1, each the mean over the images.
 
 The picture is recover.png or recover-MODE.png in the run's folder.
 
@@ -30,7 +29,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import train
-from appendix.baselines import METHODS, build
+from appendix.baselines import METHODS
 from appendix.chart import image_grid
 from data import Split, fail, load, progress, sample, to_float, to_uint8
 from diffusion import T, alphas_cumprod, ddim_invert, ddim_sample, ddim_times, predict_x0, q_sample
@@ -48,7 +47,7 @@ def build_method(settings: dict) -> nn.Module:
     method = settings["method"]
     if METHODS.get(method, (None, None))[1] is not dier_loss:
         fail(f"a run of {method} makes no images: nothing can be recovered, choose another --name")
-    return build(method, settings)
+    return METHODS[method][0](settings)
 
 
 def embed(model: nn.Module, x0: Tensor, t: int) -> Tensor:

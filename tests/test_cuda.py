@@ -103,7 +103,7 @@ def test_every_compared_method_stays_on_the_device(method):
     typed = {"data": "mnist", "preset": "cpu", "device": "cpu"}
     settings = train.resolve(typed) | {"method": method, "class_names": list("0123456789")}
     with META:
-        net = baselines.build(method, settings).train()
+        net = baselines.METHODS[method][0](settings).train()
         x0, abar = torch.empty(4, 1, settings["size"], settings["size"]), torch.empty(1000)
         t = torch.zeros(4, dtype=torch.int64)
     with OnMeta() as mode:

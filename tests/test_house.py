@@ -253,12 +253,18 @@ def test_the_verdict_of_the_readme_is_that_of_the_records():
     pixels = runs[0]["floors"]["pixels"]
     said += f"{pixels:.1f}, a random encoder {min(random):.1f} to {max(random):.1f}."
     assert said in text
+    means, below = [], []
     for name in ("bccd", "oct2017"):
         runs = [record(f"{name}-part{seed}") for seed in ("", "-seed-1", "-seed-2")]
         table = {row["method"]: row["top1"] for row in record(f"table1-{name}")["rows"]}
         pairs = [(run["test_top1"], run["floors"]) for run in runs] + [(table["dier"], table)]
         assert all(top1 < max(floors["pixels"], floors["random"]) for top1, floors in pairs), name
+        means.append(statistics.mean(run["test_top1"] for run in runs))
+        below.append(runs[0]["floors"]["pixels"] - means[-1])
     assert "not on our parts of BCCD and OCT2017" in text
+    page = " ".join((ROOT / "results/README.md").read_text().split())
+    said = "their means of three seeds, {:.2f} (chance 25) and {:.2f}, are {:.0f} and {:.0f} points"
+    assert said.format(*means, *below) in page
     behind = []
     for name in ("glyphs", "mnist", "cifar10"):
         for seed in ("", "-seed-1", "-seed-2"):
@@ -323,6 +329,12 @@ def test_the_recorded_runs_have_the_sizes_and_recipe_of_todays_presets():
         assert cell["flops_per_image"] == baselines.flops_per_image("dier", settings), name
     counts = train.parameter_counts(train.resolve({"preset": "cpu", "device": "cpu"}))
     total, encoder = sum(counts.values()) / 1e6, counts["encoder"] / 1e6
+    sizes = []  # fp32 weights, their average and Adam's two moments: 16 bytes a parameter
+    for name in ("mnist", "bccd"):
+        settings = train.resolve({"data": name, "preset": "paper", "device": "cpu"})
+        sizes.append(16 * sum(train.parameter_counts(settings).values()) / 1e9)
+    text = " ".join(README.read_text().split())
+    assert "checkpoints have {:.1f} to {:.1f} GB".format(*sizes) in text
     said = f"no GPU: preset cpu, {total:.1f}M parameters, of which the encoder has {encoder:.2f}M"
     assert said in README.read_text()
 
@@ -349,9 +361,13 @@ def test_the_compared_methods_of_the_readme_are_those_of_the_records():
     said = re.search(pattern + r"([\d.]+) on CIFAR-10, ahead of it on both;", text)
     rows = [row for row in controls["mae_at_dier_s_flops"] if row["chosen_by"] == "held-out"]
     longer = {row["data"]: row["top1"] for row in rows}
-    for name, top1 in longer.items():
-        dier = {row["method"]: row["top1"] for row in record(f"table1-{name}")["rows"]}["dier"]
-        assert top1 > dier
+    for row in rows:
+        cells = {(c["method"], c["seed"]): c for c in record(f"table1-{row['data']}")["cells"]}
+        ahead = [seed["top1"] > cells["dier", seed["seed"]]["top1"] for seed in row["seeds"]]
+        assert ahead == [True] * 3
+    page = " ".join((ROOT / "results/README.md").read_text().split())
+    for row in controls["mae_at_dier_s_flops"]:
+        assert f"{row['top1']:.2f} ± {row['top1_std']:.2f}" in page
     floors = {row["method"]: row["top1"] for row in record("table1-mnist")["rows"]}
     found = [floors["random"], before["mae"], longer["mnist"], longer["cifar10"]]
     assert list(said.groups()) == [f"{x:.1f}" for x in found]

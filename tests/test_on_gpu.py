@@ -118,7 +118,7 @@ def test_every_method_takes_steps(method, tmp_path, monkeypatch):
     if method == "supervised":
         loss_fn = baselines.labels_by_step(split, settings, 0)
     (tmp_path / "run").mkdir()
-    net = baselines.build(method, settings)
+    net = baselines.METHODS[method][0](settings)
     train.train(net, loss_fn, images, settings, tmp_path / "run")
     lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
     assert len(lines) == 3 and all(np.isfinite(json.loads(line)["loss"]) for line in lines)
